@@ -1,0 +1,153 @@
+"""What happened, as values: the one stream that every consumer reads.
+
+The engine yields these; the command line, a trace file, a report or a server draw them. Nothing here
+decides anything, and nothing is compacted, paged, zoomed, split or truncated without one of these.
+Anybody may import this file; it imports nothing of ours.
+
+Sizes are tokens or bytes and say so in the name. A position is the index of a token in the logical
+sequence (prompt first), never a cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict with the event's name under ``event``."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PromptProgress(Event):
+    """``done_tokens`` of ``total_tokens`` of the prompt have been prefilled."""
+
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenDecoded(Event):
+    """One token was sampled. ``text`` may be empty (a marker, or half a character).
+
+    ``role`` is the segment it belongs to: thought, summary, answer or marker. ``resident_tokens`` is the
+    number of cells in use after it.
+    """
+
+    position: int
+    token: int
+    text: str
+    role: str
+    resident_tokens: int
+
+
+@dataclass(frozen=True)
+class BlockClosed(Event):
+    """A block is complete and may be paged from now on.
+
+    ``detail`` and ``summary`` are half-open position ranges; ``summary`` is ``None`` for a block that is
+    indexed by its own keys (a piece of a prompt or of a split thought). ``label`` is the summary's text,
+    or the first words of the detail.
+    """
+
+    block: int
+    kind: str
+    detail: tuple[int, int]
+    summary: tuple[int, int] | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Split(Event):
+    """Something was longer than its share of the budget and was cut into pieces; no text was lost."""
+
+    what: str
+    position: int
+    piece_tokens: int
+    limit_tokens: int
+
+
+@dataclass(frozen=True)
+class Refreshed(Event):
+    """A new selection was taken. ``agreement`` is the share of votes that fall on ``zoomed``."""
+
+    position: int
+    zoomed: tuple[int, ...]
+    agreement: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class PagedOut(Event):
+    """Blocks left the cache. ``written_bytes`` counts first page-outs only: a stored block is never rewritten."""
+
+    position: int
+    blocks: tuple[int, ...]
+    part: str
+    tokens: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class PagedIn(Event):
+    """Blocks came back into the cache, whole."""
+
+    position: int
+    blocks: tuple[int, ...]
+    part: str
+    tokens: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Dropped(Event):
+    """Tokens left the cache for good, because the policy says so."""
+
+    position: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know that changes no result yet."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters of one generation. Token counts are cells; times are seconds."""
+
+    policy: str
+    budget_tokens: int | None
+    token_bytes: int
+    resident_peak_tokens: int
+    resident_mean_tokens: float
+    blocks: int
+    paged_out_bytes: int
+    page_outs: int
+    page_ins: int
+    refreshes: int
+    agreement: float | None
+    dropped_tokens: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The generation ended. ``reason``: ``stop``, ``length`` (max tokens) or ``cancelled``."""
+
+    reason: str
+    content: str
+    reasoning: str
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    cache: CacheStats
