@@ -1,0 +1,1 @@
+"""Benchmarks: random-weight models of real shapes, and how fast they decode. See docs/benchmarks.md."""
