@@ -1,0 +1,41 @@
+"""Task families with exact answers: the registry and the one way to draw problems.
+
+Owned by models/tasks. Anyone may call it: pure Python, no third-party package.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from . import dag, series
+from .problem import SPLITS, Problem, Thought, prompt_text, split_of
+
+FAMILIES = {"dag": dag.make, "series": series.make}
+MAX_THOUGHTS = {"dag": dag.MAX_THOUGHTS, "series": series.MAX_THOUGHTS}
+
+
+def generate(
+    family: str, n: int, seed: int = 0, thoughts: int = 8, split: str = "train"
+) -> list[Problem]:
+    """`n` different problems of `family` with `thoughts` thoughts each, all of `split`.
+
+    Equal arguments give equal problems. Whatever the seed, no problem of one split can
+    appear in another: the split is a hash of the question (see `split_of`).
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; there are {', '.join(sorted(FAMILIES))}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    rng = Random(f"{family}/{seed}/{thoughts}")
+    found: dict[str, Problem] = {}
+    while len(found) < n:
+        problem = FAMILIES[family](rng, thoughts)
+        if split_of(family, problem.prompt) == split:
+            found.setdefault(problem.id, problem)
+    return list(found.values())
+
+
+__all__ = [
+    "FAMILIES", "MAX_THOUGHTS", "SPLITS", "Problem", "Thought",
+    "generate", "prompt_text", "split_of",
+]
