@@ -36,7 +36,7 @@ class TokenDecoded(Event):
     """One token was sampled. ``text`` may be empty (a marker, or half a character).
 
     ``role`` is the segment it belongs to: thought, summary, answer or marker. ``resident_tokens`` is the
-    number of cells in use after it.
+    number of cells in use when it was sampled.
     """
 
     position: int

@@ -1,0 +1,204 @@
+"""A generation whose finished thoughts are blocks that can be paged: policies `zoomr` and `sumr`.
+
+Only `engine.py` makes these. What is open (the thought and summary being written) is always resident, so its
+length is limited: past its share a thought is cut at a sentence end and indexed by its own keys, and a summary is
+closed. Both are said in a `Split` event; no text is lost.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import numpy as np
+
+from .block_index import BlockIndex
+from .dialects import Fed, ends_sentence
+from .errors import EngineError
+from .events import BlockClosed, Event, PromptProgress, Refreshed, Split, Warned
+from .generation import Generation, pinned_ranges
+from .policies import BlockView
+from .timeline import Block, Range
+
+ROOM_TOKENS = 8
+"""Cells a selection leaves free for the tokens until the next one, so that not every token needs a selection."""
+
+PIECE_TOKENS = 128
+"""Length of the pieces into which an over-long prompt is cut, where the budget allows it."""
+
+CUT_TOKENS = 32
+"""How long before its limit a thought is cut if a sentence ends there."""
+
+
+class BlockGeneration(Generation):
+    """Pages blocks under a block policy."""
+
+    def prefill(self, prompt: list[int]) -> Iterator[Event]:
+        n, budget = len(prompt), self.cache.budget_tokens
+        self.index = BlockIndex(self.context, self.policy.settings) if self.policy.uses_votes else None
+        pins = pinned_ranges(n, budget, self.policy)
+        self._pinned_tokens = sum(stop - start for start, stop in pins)
+        share = budget - ROOM_TOKENS - self._pinned_tokens
+        self.summary_limit = share // 4
+        self.thought_limit = share - self.summary_limit
+        self._summary_start: int | None = None
+        self._since_refresh = 0
+        self._last_zoomed: tuple[int, ...] = ()
+        self._warned = False
+        yield from self._prefill_pinned(prompt, pins[0])
+        if len(pins) == 2:
+            yield from self._prefill_middle(prompt, pins[0][1], pins[1][0], min(PIECE_TOKENS, share // 4))
+            yield from self._prefill_pinned(prompt, pins[1])
+            if self.index is not None and not self.cache.everything_resident:
+                self.index.vote(self.index.n_rows, len(self.timeline.blocks))
+                yield from self._refresh("question", ROOM_TOKENS)
+
+    def step(self, token: int, fed: Fed, text: str) -> Iterator[Event]:
+        yield from self._make_room(1)
+        rows, blocks = self.index.n_rows if self.index is not None else 0, len(self.timeline.blocks)
+        position = self._decode_token(token)
+        voting = rows and not self.cache.everything_resident
+        if voting:
+            self.index.vote(rows, blocks)
+        closed = yield from self._boundaries(position, fed, text)
+        self._since_refresh += 1
+        if voting:
+            reason = self._due(closed or fed.opens_summary, text)
+            if reason:
+                yield from self._refresh(reason, ROOM_TOKENS)
+
+    def _prefill_pinned(self, prompt: list[int], span: Range) -> Iterator[Event]:
+        for start in range(*span, self.batch_tokens):
+            piece = prompt[start : min(start + self.batch_tokens, span[1])]
+            yield from self._make_room(len(piece))
+            self._decode_prompt(piece, start + len(piece) == len(prompt))
+            self.timeline.pin(start, start + len(piece))
+            yield PromptProgress(len(self.timeline), len(prompt))
+
+    def _prefill_middle(self, prompt: list[int], start: int, stop: int, piece_tokens: int) -> Iterator[Event]:
+        self.splits += 1
+        yield Split("prompt", start, piece_tokens, self.cache.budget_tokens)
+        while start < stop:
+            end = self._cut(prompt, start, min(start + piece_tokens, stop))
+            yield from self._make_room(end - start, end - start)
+            self._decode_prompt(prompt[start:end], False)
+            yield from self._close("prompt", (start, end))
+            yield PromptProgress(len(self.timeline), len(prompt))
+            start = end
+
+    def _cut(self, prompt: list[int], start: int, end: int) -> int:
+        for at in range(end, start + (end - start) // 2, -1):
+            if ends_sentence(self.model.llama.piece(prompt[at - 1]).decode("utf-8", "replace")):
+                return at
+        return end
+
+    def _boundaries(self, position: int, fed: Fed, text: str) -> Iterator[Event]:
+        """Close what this token ended or made too long. Returns True if a block was closed."""
+        after, start = position + 1, self.timeline.open_start
+        if fed.opens_summary:
+            self._summary_start = position
+        elif fed.closes_summary:
+            summary, self._summary_start = self._summary_start, None
+            if summary is None:
+                yield from self._close("summary", (start, after))
+                return True
+            if summary > start:
+                yield from self._close("thought", (start, summary), (summary, after))
+                return True
+        elif self._summary_start is not None and after - self._summary_start >= self.summary_limit:
+            yield from self._split_summary(after)
+            return True
+        elif self._summary_start is None and self._too_long(after - start, text):
+            self.splits += 1
+            yield Split(fed.role, position, after - start, self.thought_limit)
+            yield from self._close(fed.role, (start, after))
+            return True
+        return False
+
+    def _too_long(self, open_tokens: int, text: str) -> bool:
+        cut_from = max(self.thought_limit - CUT_TOKENS, self.thought_limit // 2)
+        # A summary may still follow, but one that opened just below the limit fits beside the thought.
+        return open_tokens >= self.thought_limit or (open_tokens >= cut_from and ends_sentence(text))
+
+    def _split_summary(self, after: int) -> Iterator[Event]:
+        start, summary = self.timeline.open_start, self._summary_start
+        self._summary_start = None
+        self.splits += 1
+        yield Split("summary", after - 1, after - summary, self.summary_limit)
+        if summary > start:
+            yield from self._close("thought", (start, summary), (summary, after))
+        else:
+            yield from self._close("summary", (start, after))
+
+    def _close(self, kind: str, detail: Range, summary: Range | None = None) -> Iterator[Event]:
+        block = self.timeline.close(kind, detail, summary)
+        self.cache.adopt(block)
+        if self.index is not None:
+            self.index.add(block, self._index_text(block))
+            if self.index.unindexed_blocks and not self._warned:
+                self._warned = True
+                yield Warned(f"the index is full at {self.index.capacity_rows} rows; newer blocks cannot be recalled")
+        yield BlockClosed(block.number, kind, detail, summary, self._label(block))
+
+    def _index_text(self, block: Block) -> Range | None:
+        """The summary's text without its markers; a summary that was cut has no closing marker."""
+        if block.summary is None:
+            return None
+        start, stop = block.summary
+        closed = self.timeline.tokens[stop - 1] == self.model.markers.summary_close
+        return start + 1, stop - closed
+
+    def _label(self, block: Block) -> str:
+        start, stop = block.summary or (block.detail[0], min(block.detail[1], block.detail[0] + 12))
+        pieces = (self.model.llama.piece(token) for token in self.timeline.tokens[start:stop])
+        return " ".join(b"".join(pieces).decode("utf-8", "replace").split())
+
+    def _due(self, boundary: bool, text: str) -> str | None:
+        if boundary:
+            return "segment"
+        if self._since_refresh >= self.policy.settings.refresh_tokens:
+            return "interval"
+        return "sentence" if ends_sentence(text) else None
+
+    def _make_room(self, n_tokens: int, reserve_tokens: int = ROOM_TOKENS) -> Iterator[Event]:
+        if self.cache.free_tokens < n_tokens:
+            yield from self._refresh("room", reserve_tokens)
+        if self.cache.free_tokens < n_tokens:
+            raise EngineError(
+                f"{n_tokens} cells are needed at position {len(self.timeline)}, {self.cache.free_tokens} of "
+                f"{self.cache.budget_tokens} are free; raise --kv-budget"
+            )
+
+    def _refresh(self, reason: str, reserve_tokens: int) -> Iterator[Event]:
+        view = self._view(reserve_tokens)
+        selection = self.policy.select(view)
+        self.refreshes += 1
+        self._since_refresh = 0
+        if selection.agreement is not None:
+            self.agreements.append(selection.agreement)
+        self.cache.touch(selection.zoomed)
+        moved = list(self.cache.apply(selection))
+        if moved or selection.zoomed != self._last_zoomed:
+            yield Refreshed(len(self.timeline), selection.zoomed, selection.agreement or 0.0, reason)
+            yield from moved
+        self._last_zoomed = selection.zoomed
+
+    def _view(self, reserve_tokens: int) -> BlockView:
+        """The blocks that may be paged now, and the room they share.
+
+        The newest token stays resident (llama.cpp demands that positions follow on), so a block that ends with
+        it can be paged only once another token stands behind it. Pinned tokens still to be prefilled count.
+        """
+        line, n = self.timeline, len(self.timeline.blocks)
+        held = line.open_tokens
+        if n and line.blocks[-1].stop == len(line):
+            n -= 1
+            held += line.blocks[n].detail_tokens + line.blocks[n].summary_tokens
+        votes = (self.index.recent_votes(n), self.index.lifetime_votes(n)) if self.index is not None else (np.zeros(n), np.zeros(n))
+        return BlockView(
+            free_tokens=self.cache.budget_tokens - reserve_tokens - self._pinned_tokens - held,
+            detail_tokens=line.detail_tokens[:n],
+            summary_tokens=line.summary_tokens[:n],
+            votes=votes[0],
+            lifetime_votes=votes[1],
+            last_used=self.cache.last_used[:n],
+        )

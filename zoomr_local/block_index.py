@@ -1,0 +1,85 @@
+"""The coarse index: which index rows stand for which block, and the votes the heads gave them.
+
+`engine.py` adds a block when it closes and asks for a vote after each decoded token. Rows live in native memory
+in the cache's own rotation, so a block can be scored when neither its thought nor its summary is in cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .libllama import LlamaContext
+from .policies import Settings
+from .policies.zoomr import head_votes
+from .timeline import Block
+
+ROW_TOKENS = 32
+"""A block without a summary gets one row per this many tokens of its own keys: one mean over more loses too much."""
+
+MAX_ROWS = 8
+"""No block takes more rows than this, so that a long piece does not crowd the index."""
+
+
+class BlockIndex:
+    """Index rows and votes of one generation."""
+
+    def __init__(self, context: LlamaContext, settings: Settings, sequence: int = 0) -> None:
+        self.context, self.settings, self.sequence = context, settings, sequence
+        self.capacity_rows = context.index_rows
+        self.unindexed_blocks = 0
+        context.index_clear()
+        context.n_rows = 0
+        self._layers = [i for i, layer in enumerate(context.layer_ids) if layer in settings.vote_layers]
+        self._row_block = np.zeros(context.index_rows, np.int32)
+        self._ring = np.zeros((max(1, settings.vote_window_tokens), 64), np.float32)
+        self._lifetime = np.zeros(64)
+        self._turn = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in use."""
+        return self.context.n_rows
+
+    def add(self, block: Block, text: tuple[int, int] | None = None) -> None:
+        """Write the rows of a block whose positions are all in cells.
+
+        One row, the mean key of ``text`` (the summary without its markers), or several over the detail if the
+        block has no summary. A block that finds the index full cannot be recalled; it is counted.
+        """
+        self._grow(block.number + 1)
+        start, stop = text if text and text[0] < text[1] else block.summary or block.detail
+        pieces = 1 if block.summary else min(MAX_ROWS, -(-(stop - start) // ROW_TOKENS))
+        if self.n_rows + pieces > self.capacity_rows:
+            self.unindexed_blocks += 1
+            return
+        edges = np.linspace(start, stop, pieces + 1).astype(int).tolist()
+        for p0, p1 in zip(edges, edges[1:]):
+            row = self.context.n_rows
+            self.context.index_mean(row, self.sequence, p0, p1)
+            self._row_block[row] = block.number
+            self.context.n_rows = row + 1
+
+    def vote(self, n_rows: int, n_blocks: int) -> None:
+        """Count the votes of the token that was just decoded, for which ``n_rows`` rows were scored."""
+        scores = self.context.scores()[:, self.sequence, :, :n_rows]
+        if self._layers:
+            scores = scores[self._layers]
+        votes = head_votes(scores, self._row_block[:n_rows], n_blocks, self.settings.votes_per_head)
+        turn = self._ring[self._turn]
+        turn[:n_blocks] = votes
+        turn[n_blocks:] = 0
+        self._lifetime[:n_blocks] += votes
+        self._turn = (self._turn + 1) % len(self._ring)
+
+    def recent_votes(self, n_blocks: int) -> np.ndarray:
+        """float32 [n_blocks]: votes of the last ``vote_window_tokens`` tokens."""
+        return self._ring[:, :n_blocks].sum(axis=0)
+
+    def lifetime_votes(self, n_blocks: int) -> np.ndarray:
+        """float64 [n_blocks]: all votes so far."""
+        return self._lifetime[:n_blocks]
+
+    def _grow(self, n_blocks: int) -> None:
+        if n_blocks > self._ring.shape[1]:
+            self._ring = np.concatenate([self._ring, np.zeros_like(self._ring)], axis=1)
+            self._lifetime = np.concatenate([self._lifetime, np.zeros_like(self._lifetime)])

@@ -1,0 +1,150 @@
+"""The decode loop: prompt tokens in, events out.
+
+`solve.py` and the command line drive this file; it drives `kv_cache`, `policies`, `dialects` and `sampling` and
+decides nothing that a policy could decide. One step is DESIGN.md section 4: decode, vote, close what ended,
+take a new selection if one is due, sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Iterator, Sequence
+
+from .block_generation import BlockGeneration
+from .errors import BudgetError, UsageError
+from .events import Event
+from .generation import FullGeneration, Generation, TokenGeneration
+from .libllama import LlamaContext
+from .model import Model
+from .policies import POLICIES, Policy, Settings
+from .sampling import SamplingParams
+from .tiers import RamTier
+
+MIN_BUDGET_TOKENS = 128
+"""Below this a prompt, a thought and its summary cannot be in cells together in any useful way."""
+
+INDEX_ROWS = 2048
+"""Rows of the index, a row costing about as much as a cell once it is written: 400,000 tokens at 200 a thought."""
+
+SUMMARY_SHARE = 4
+"""By default the resident summaries may take a quarter of the budget, and so may the window."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user may choose. Sizes are tokens; None means the model's own metadata, else the policy's default.
+
+    ``kv_budget`` is the number of cells in use that is never exceeded; policy ``full`` ignores it and takes as
+    many cells as prompt and reply need. ``kv_type`` is the type of K and V in cells: f16 or q8_0.
+    """
+
+    policy: str = "zoomr"
+    kv_budget: int = 512
+    kv_type: str = "f16"
+    flash_attn: bool = True
+    threads: int | None = None
+    batch: int = 512
+    refresh: int | None = None
+    votes_per_head: int | None = None
+    zoomed_blocks: int | None = None
+    window: int | None = None
+    vote_window: int | None = None
+    vote_layers: tuple[int, ...] | None = None
+    sinks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise UsageError(f"--policy {self.policy}: choose one of {', '.join(POLICIES)}")
+        if self.kv_type not in ("f16", "q8_0"):
+            raise UsageError(f"--kv-type {self.kv_type}: choose f16 or q8_0")
+        if self.policy != "full" and self.kv_budget < MIN_BUDGET_TOKENS:
+            raise BudgetError(f"--kv-budget {self.kv_budget}: at least {MIN_BUDGET_TOKENS} tokens are needed")
+        least = {"refresh": 1, "votes_per_head": 1, "zoomed_blocks": 0, "window": 0, "vote_window": 1, "batch": 1,
+                 "sinks": 0, "threads": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+
+
+def resolve_settings(config: EngineConfig, model_settings: dict[str, Any]) -> Settings:
+    """The settings in force: the user's choice, else the model's metadata, else the default for the budget."""
+    share = config.kv_budget // SUMMARY_SHARE
+    settings = replace(Settings(summary_tokens=share, window_tokens=min(Settings.window_tokens, share)), **model_settings)
+    chosen = {
+        "refresh_tokens": config.refresh,
+        "votes_per_head": config.votes_per_head,
+        "zoomed_blocks": config.zoomed_blocks,
+        "window_tokens": config.window,
+        "vote_window_tokens": config.vote_window,
+        "vote_layers": config.vote_layers,
+        "sink_tokens": config.sinks,
+        "seed": config.seed,
+    }
+    return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+
+
+class Engine:
+    """One model under one policy. Cells are allocated once, here (for ``full``: at the longest request so far)."""
+
+    def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
+        """Raises UnsupportedModel, with the reason, if the model's cache cannot be paged exactly."""
+        self.model, self.config = model, config
+        self.policy: Policy = POLICIES[config.policy](resolve_settings(config, model.settings))
+        self.tier = RamTier()
+        self.context: LlamaContext | None = None
+        self._running: Generation | None = None
+        if self.policy.unit != "all":
+            self.context = self._new_context(config.kv_budget)
+
+    def generate(self, prompt: Sequence[int], sampling: SamplingParams, max_tokens: int) -> Iterator[Event]:
+        """Run one prompt to its end, from an empty cache. Ends with `Finished`.
+
+        Raises UsageError for an empty prompt or a token id outside the vocabulary.
+        """
+        prompt = list(prompt)
+        if not prompt:
+            raise UsageError("the prompt is empty: nothing to decode")
+        if min(prompt) < 0 or max(prompt) >= self.model.llama.n_vocab:
+            raise UsageError(f"the prompt has a token id outside 0..{self.model.llama.n_vocab - 1}")
+        if max_tokens < 1:
+            raise UsageError(f"--max-tokens {max_tokens}: must be at least 1")
+        if self.policy.unit == "all":
+            self._reserve(len(prompt) + max_tokens)
+        kind = {"all": FullGeneration, "block": BlockGeneration, "token": TokenGeneration}[self.policy.unit]
+        self._running = kind(self.model, self.context, self.tier, self.policy, self.budget_tokens, self.config.batch)
+        yield from self._running.run(prompt, sampling, max_tokens)
+
+    @property
+    def budget_tokens(self) -> int:
+        """Cells that may be in use: ``kv_budget``, or all cells for ``full``."""
+        return self.context.n_cells if self.policy.unit == "all" else self.config.kv_budget
+
+    def cancel(self) -> None:
+        """Ask the running generation to end after its current token (``finish_reason`` "cancelled")."""
+        if self._running is not None:
+            self._running.cancelled = True
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings in force, by name; what a record should carry to be repeatable."""
+        return {field.name: getattr(self.policy.settings, field.name) for field in fields(Settings)}
+
+    def close(self) -> None:
+        """Free the cells."""
+        if self.context is not None:
+            self.context.close()
+            self.context = None
+
+    def _reserve(self, n_tokens: int) -> None:
+        if self.context is None or self.context.n_cells < n_tokens:
+            self.close()
+            self.context = self._new_context(n_tokens)
+
+    def _new_context(self, n_cells: int) -> LlamaContext:
+        c = self.config
+        return LlamaContext(
+            self.model.llama, n_cells=n_cells, n_batch=c.batch, n_ubatch=c.batch, n_threads=c.threads,
+            flash_attn=c.flash_attn, type_k=c.kv_type, type_v=c.kv_type, paging=self.policy.unit != "all",
+            index_rows=INDEX_ROWS if self.policy.uses_votes else 1,
+        )

@@ -1,0 +1,13 @@
+"""The registry of policies: it drives the command line's choices, the tests and the docs. One line adds one."""
+
+from __future__ import annotations
+
+from .base import BlockView, Policy, Selection, Settings, TokenView
+from .full import Full
+from .sumr import Sumr
+from .tokens import Random, Recency, Streaming
+from .zoomr import Zoomr
+
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Zoomr, Full, Sumr, Recency, Streaming, Random)}
+
+__all__ = ["POLICIES", "BlockView", "Policy", "Selection", "Settings", "TokenView"]

@@ -1,0 +1,96 @@
+"""What a policy sees and what it answers: arrays and sizes in, a selection out.
+
+A policy never touches a cell, a page or a model, so it is tested with literal arrays. `engine.py` builds the
+views and `kv_cache.py` carries the selection out; policies import only this file and numpy.
+
+Every size is a count of tokens. n = number of closed blocks, in order of closing (index 0 is the oldest).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers a policy may use; sizes in tokens.
+
+    ``votes_per_head`` (k) and ``zoomed_blocks`` (c) default to 2, the knee of both ablations in ZoomR
+    (section 1 of the project's reading notes; second-hand). ``refresh_tokens`` is R, the longest time between
+    two selections. ``window_tokens`` keeps the newest closed blocks whole. ``vote_window_tokens`` is how many
+    of the last tokens' votes are summed. ``vote_layers`` empty means every paged layer.
+    ``summary_tokens`` bounds the resident summaries; the least-voted ones beyond it live on as index rows.
+    """
+
+    votes_per_head: int = 2
+    zoomed_blocks: int = 2
+    refresh_tokens: int = 8
+    window_tokens: int = 128
+    vote_window_tokens: int = 8
+    vote_layers: tuple[int, ...] = ()
+    summary_tokens: int = 128
+    sink_tokens: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """Closed blocks as a block policy sees them; pinned tokens and the open segment are already set aside."""
+
+    free_tokens: int
+    """Tokens that details and summaries of closed blocks may occupy together."""
+    detail_tokens: np.ndarray
+    """int32 [n]: length of each block's detail (its thought)."""
+    summary_tokens: np.ndarray
+    """int32 [n]: length of each block's summary, 0 if it has none."""
+    votes: np.ndarray
+    """float32 [n]: votes of the last ``vote_window_tokens`` tokens."""
+    lifetime_votes: np.ndarray
+    """float64 [n]: all votes so far; orders summaries when they no longer all fit."""
+    last_used: np.ndarray
+    """int64 [n]: position at which the block was closed or last zoomed."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What should be resident: bool [n] for details and for summaries, the zoomed blocks, and the agreement."""
+
+    details: np.ndarray
+    summaries: np.ndarray
+    zoomed: tuple[int, ...] = ()
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Resident tokens that are not pinned, oldest first, as a token policy sees them."""
+
+    positions: np.ndarray
+    """int32 [m]: their logical positions, ascending."""
+    keep_tokens: int
+    """How many of them may stay; less than m whenever a token policy is asked."""
+
+
+@dataclass
+class Policy:
+    """Base of all policies. ``unit`` says which view ``select`` takes: "block", "token" or "all"."""
+
+    settings: Settings = field(default_factory=Settings)
+
+    name = ""
+    headline = ""
+    unit = "all"
+    uses_votes = False
+    pins_prompt = True
+    drops = False
+
+    def select(self, view):
+        """The selection for a ``BlockView``, or a keep mask (bool [m]) for a ``TokenView``."""
+        raise TypeError(f"policy {self.name} keeps everything and is never asked")
+
+
+def fill(order: np.ndarray, tokens: np.ndarray, free_tokens: int) -> np.ndarray:
+    """The prefix of ``order`` (block indices) whose summed ``tokens`` fit ``free_tokens``."""
+    return order[np.cumsum(tokens[order]) <= free_tokens]

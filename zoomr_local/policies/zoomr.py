@@ -1,0 +1,81 @@
+"""ZoomR: summaries stay, the thoughts that the heads agree on come back.
+
+Source: ZoomR (ACL 2026 long 76; read second-hand): every head of every layer votes for its top-k summaries by
+query x mean summary key; the c blocks with most votes over all heads and layers are restored whole, for all
+layers and heads alike; a window of the newest tokens stays. What the source leaves open, and what is done here:
+
+- votes of the last few tokens are summed, so that a thought which names two things keeps both;
+- blocks inside the window are kept anyway and do not use up one of the c places;
+- room that is left over keeps the blocks used most recently, so a budget at least as long as the text pages nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import BlockView, Policy, Selection, fill
+
+
+def head_votes(scores: np.ndarray, row_block: np.ndarray, n_blocks: int, k: int) -> np.ndarray:
+    """Votes per block for one token: each head gives one vote to each of its top-k blocks.
+
+    ``scores`` is float32 [n_layer, n_head, n_rows] (query x index row), ``row_block`` int [n_rows] names each
+    row's block, ascending; a block with several rows scores by its best one. Returns float32 [n_blocks].
+    """
+    n_rows = scores.shape[-1]
+    flat = scores.reshape(-1, n_rows)
+    if n_rows == 0:
+        return np.zeros(n_blocks, np.float32)
+    starts = np.flatnonzero(np.r_[True, row_block[1:] != row_block[:-1]])
+    owners = row_block[starts]
+    best = flat.copy() if len(starts) == n_rows else np.maximum.reduceat(flat, starts, axis=1)
+    heads = np.arange(len(best))
+    votes = np.zeros(n_blocks, np.float32)
+    for _ in range(min(k, best.shape[1])):
+        top = best.argmax(axis=1)
+        votes += np.bincount(owners[top], minlength=n_blocks)
+        best[heads, top] = -np.inf
+    return votes
+
+
+class Zoomr(Policy):
+    """Summaries resident, voted blocks zoomed in, everything else in a tier."""
+
+    name = "zoomr"
+    headline = "summaries stay; thoughts the attention heads vote for are paged back in"
+    unit = "block"
+    uses_votes = True
+
+    def select(self, view: BlockView) -> Selection:
+        s, n, free = self.settings, len(view.detail_tokens), view.free_tokens
+        details = np.zeros(n, bool)
+        newest = np.arange(n)[::-1]
+
+        in_window = np.zeros(n, bool)
+        in_window[fill(newest, view.detail_tokens, min(s.window_tokens, free))] = True
+
+        zoomed: list[int] = []
+        for block in np.argsort(-view.votes, kind="stable"):
+            if len(zoomed) == s.zoomed_blocks or view.votes[block] <= 0:
+                break
+            if not in_window[block] and view.detail_tokens[block] <= free:
+                zoomed.append(int(block))
+                free -= int(view.detail_tokens[block])
+        details[zoomed] = True
+
+        window = fill(newest[in_window[newest]], view.detail_tokens, free)
+        details[window] = True
+        free -= int(view.detail_tokens[window].sum())
+
+        summaries = np.zeros(n, bool)
+        by_votes = np.lexsort((-newest[::-1], -view.lifetime_votes))
+        kept = fill(by_votes, view.summary_tokens, min(s.summary_tokens, free))
+        summaries[kept] = True
+        free -= int(view.summary_tokens[kept].sum())
+
+        rest = np.argsort(-view.last_used, kind="stable")
+        details[fill(rest[~details[rest]], view.detail_tokens, free)] = True
+
+        total = float(view.votes.sum())
+        agreement = float(view.votes[zoomed].sum()) / total if total and zoomed else None
+        return Selection(details, summaries, tuple(sorted(zoomed)), agreement)

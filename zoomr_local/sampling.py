@@ -1,0 +1,71 @@
+"""How the next token is chosen: the user's numbers, handed to llama.cpp's own samplers.
+
+`engine.py` makes a sampler per generation; the chain itself is native (`libllama.LlamaSampler`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Order of the chain: repetition penalty, top-k, top-p, min-p, temperature, draw.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repeat_penalty`` 1 switch a step off;
+    ``repeat_last_n`` is in tokens. ``stop`` strings end the generation and are not part of the text.
+    Raises UsageError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.temperature >= 0, "--temp", self.temperature, "0 (greedy) or more"),
+            (self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more"),
+            (0 < self.top_p <= 1, "--top-p", self.top_p, "in (0, 1], 1 = off"),
+            (0 <= self.min_p < 1, "--min-p", self.min_p, "in [0, 1), 0 = off"),
+            (self.repeat_penalty > 0, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
+            (self.repeat_last_n >= 0, "--repeat-last-n", self.repeat_last_n, "0 or more tokens"),
+            (0 <= self.seed < 2**32, "--seed", self.seed, "in [0, 4294967295]"),
+        )
+        for ok, flag, value, want in checks:
+            if not ok:
+                raise UsageError(f"{flag} {value}: must be {want}")
+        if any(not s for s in self.stop):
+            raise UsageError("--stop: an empty string would stop at once")
+
+
+class StopScanner:
+    """Finds stop strings in streamed text, holding back text that may be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Returns (text that is safe to show, whether a stop string was met)."""
+        if not self._stop:
+            return text, False
+        text = self._held + text
+        hits = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if hits:
+            self._held = ""
+            return text[: min(hits)], True
+        held = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def flush(self) -> str:
+        """The held-back text, once nothing more will come."""
+        held, self._held = self._held, ""
+        return held

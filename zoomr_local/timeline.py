@@ -1,0 +1,105 @@
+"""What each position of the logical sequence is: pinned, part of a block, or still open.
+
+The engine records tokens and boundaries here; nothing in this file knows cells, pages or a model.
+
+    0 ........ prompt ........ | block 0 | block 1 | ... | open segment
+      pinned | blocks | pinned   [detail][summary]         (always resident)
+
+Positions are token indices and are never renumbered. A range is half-open, (start, stop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit of paging: a detail (thought, or a piece of a prompt or answer) and, if there is one, its summary."""
+
+    number: int
+    kind: str
+    detail: Range
+    summary: Range | None
+
+    @property
+    def stop(self) -> int:
+        """The position after the block's last."""
+        return (self.summary or self.detail)[1]
+
+    @property
+    def detail_tokens(self) -> int:
+        """Length of the detail in tokens."""
+        return self.detail[1] - self.detail[0]
+
+    @property
+    def summary_tokens(self) -> int:
+        """Length of the summary, markers included, in tokens; 0 without one."""
+        return self.summary[1] - self.summary[0] if self.summary else 0
+
+
+class Timeline:
+    """Tokens, pinned ranges and closed blocks of one generation."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.pinned: list[Range] = []
+        self.blocks: list[Block] = []
+        self.open_start = 0
+        self._columns = np.zeros((2, 64), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pinned_tokens(self) -> int:
+        """Number of tokens that never leave the cache."""
+        return sum(stop - start for start, stop in self.pinned)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens after the last boundary: the thought (and summary) being written."""
+        return len(self.tokens) - self.open_start
+
+    @property
+    def detail_tokens(self) -> np.ndarray:
+        """int32 [n_blocks] view."""
+        return self._columns[0, : len(self.blocks)]
+
+    @property
+    def summary_tokens(self) -> np.ndarray:
+        """int32 [n_blocks] view."""
+        return self._columns[1, : len(self.blocks)]
+
+    def append(self, token: int) -> int:
+        """Record a token; returns its position."""
+        self.tokens.append(token)
+        return len(self.tokens) - 1
+
+    def pin(self, start: int, stop: int) -> None:
+        """Pin a range that no block covers; the open segment begins after it if it reached that far."""
+        if start < stop:
+            self.pinned.append((start, stop))
+            self.open_start = max(self.open_start, stop)
+
+    def close(self, kind: str, detail: Range, summary: Range | None = None) -> Block:
+        """Close a block that begins where the open segment begins.
+
+        Raises ValueError if the ranges do not join up: a position belongs to one thing only.
+        """
+        stop = summary[1] if summary else detail[1]
+        if detail[0] != self.open_start or stop > len(self.tokens) or (summary and summary[0] != detail[1]):
+            raise ValueError(f"block {detail} {summary} does not join the open segment at {self.open_start}")
+        if detail[0] >= detail[1]:
+            raise ValueError(f"block {detail} has no detail")
+        block = Block(len(self.blocks), kind, detail, summary)
+        if block.number == self._columns.shape[1]:
+            self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
+        self._columns[:, block.number] = block.detail_tokens, block.summary_tokens
+        self.blocks.append(block)
+        self.open_start = stop
+        return block
