@@ -1,0 +1,176 @@
+"""Export a trained network as GGUF: `python -m models.export CHECKPOINT OUT.gguf --type q8_0`.
+
+Owned by models/. Needs torch, numpy and gguf (the extra `train`). The file loads in unpatched
+llama.cpp: architecture `llama`, GPT-2 tokenizer. The keys `zoomr.*` are the model's own
+defaults for a runtime that pages thoughts; others ignore them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from . import tokenizer as tok
+from .tasks import generate, prompt_text
+from .train.network import Network, Shape
+
+CONTEXT = 2048  # positions the file allows; how many were trained is in the card
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+DEFAULTS = {"window": 48, "votes_per_head": 2, "zoomed_blocks": 2, "vote_window": 8}
+VOTE_LAYERS = (2, 3)
+_LAYER_NAMES = {
+    "norm1": "attn_norm", "norm2": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up",
+    "down": "ffn_down", "attention.wq": "attn_q", "attention.wk": "attn_k",
+    "attention.wv": "attn_v", "attention.wo": "attn_output",
+}  # fmt: skip
+_FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def load_network(checkpoint: Path, averaged: bool = True) -> tuple[Network, dict]:
+    """The network of a training checkpoint and the checkpoint's other entries."""
+    state = torch.load(checkpoint, weights_only=True)
+    net = Network(Shape(**state["shape"]))
+    net.load_state_dict(state["average" if averaged else "net"])
+    return net.eval(), state
+
+
+def tensor_names(net: Network) -> dict[str, np.ndarray]:
+    """Every weight under its GGUF name, float32, rows as PyTorch has them."""
+    named = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    for i in range(net.shape.layers):
+        for ours, theirs in _LAYER_NAMES.items():
+            named[f"blocks.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
+    weights = net.state_dict()
+    assert set(weights) == set(named)
+    return {named[k]: v.numpy() for k, v in weights.items()}
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    control = len(tok.SPECIALS)
+    kinds = [gguf.TokenType.CONTROL] * control
+    kinds += [gguf.TokenType.NORMAL] * (len(tok.TOKENS) - control)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tok.TOKENS)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{a} {b}" for a, b in tok.MERGES])
+    writer.add_pad_token_id(tok.PAD)
+    writer.add_bos_token_id(tok.PAD)
+    writer.add_eos_token_id(tok.IM_END)
+    writer.add_eot_token_id(tok.IM_END)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _add_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ff)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(shape.eps)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_rope_dimension_count(shape.head_dim)
+
+
+def write_gguf(net: Network, path: Path, kind: str, name: str = "zoomr-tiny") -> None:
+    """Write `net` to `path` as `kind`: f32, f16 or q8_0 (norms stay f32; output is tied)."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[kind])
+    _add_shape(writer, net.shape)
+    _add_tokenizer(writer)
+    for key, value in DEFAULTS.items():
+        writer.add_uint32(f"zoomr.{key}", value)
+    if VOTE_LAYERS:
+        writer.add_array("zoomr.vote_layers", list(VOTE_LAYERS))
+    for key, weight in tensor_names(net).items():
+        if weight.ndim == 1 or kind == "f32":
+            writer.add_tensor(key, weight)
+        elif kind == "f16":
+            writer.add_tensor(key, weight.astype(np.float16))
+        else:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(key, gguf.quants.quantize(weight, q8), raw_dtype=q8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def fixture_texts() -> list[str]:
+    """Texts whose token ids are pinned: every family, the chat frame, and odd UTF-8."""
+    texts = []
+    for family, thoughts in (("dag", 5), ("series", 5)):
+        for problem in generate(family, 3, seed=7, thoughts=thoughts, split="dev"):
+            texts.append(prompt_text(problem.prompt) + problem.trace)
+    texts += [
+        "", " ", "  two  spaces ", "tab\tand\nnewline\n\n  indented", "100 007 1234 5.6e-7",
+        "It's we'll they've I'd 'tis don'T", "naïve café Ünïcödé ß ø", "Привет, мир! Ёж",
+        "日本語のテキスト。中文", "مرحبا بالعالم", "हिन्दी में", "🙂👩‍👩‍👧 emoji ½ ² Ⅷ",
+        "e\u0301 combining \u200d joiner \ufeff bom", "a\u00a0nbsp\u3000wide\u2028line",
+        "\x00\x01\x7f control", "oak.elm,ash;fig is42 oak", "<|im_start|>x<think>y</think>z<|im_end|>",
+    ]  # fmt: skip
+    return texts
+
+
+def write_fixture(net: Network, path: Path) -> None:
+    """Pin token ids, and f32 logits of one text at its last position, for tests without torch."""
+    texts = fixture_texts()
+    ids = torch.tensor([tok.encode(texts[0])])
+    with torch.no_grad():
+        last = net.logits(net(ids)[0][0, -1])
+    pinned = {
+        "ids": [{"text": t, "ids": tok.encode(t)} for t in texts],
+        "logits": [round(x, 4) for x in last.tolist()],
+    }
+    path.write_text(json.dumps(pinned, ensure_ascii=True) + "\n")
+
+
+def write_demo(path: Path) -> None:
+    """Write a dozen test-split problems of the shipped length, families in turn."""
+    families = [generate(f, 6, seed=2026, thoughts=n, split="test") for f, n in SHIPPED.items()]
+    lines = []
+    for group in zip(*families, strict=True):
+        for p in group:
+            lines.append(json.dumps({"id": p.id, "prompt": p.prompt, "answer": p.answer}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+SHIPPED = {"dag": 12, "series": 14}  # thoughts a problem of the shipped test sets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=sorted(_FILE_TYPES), default="q8_0")
+    parser.add_argument("--fixture", type=Path, help="also write pinned ids and logits here")
+    parser.add_argument("--demo", type=Path, help="also write the demo problems here")
+    args = parser.parse_args()
+    net, state = load_network(args.checkpoint)
+    write_gguf(net, args.out, args.type)
+    if args.fixture:
+        write_fixture(net, args.fixture)
+    if args.demo:
+        write_demo(args.demo)
+    print(f"{args.out}: {args.out.stat().st_size} bytes, step {state['step']}")
+
+
+if __name__ == "__main__":
+    main()
