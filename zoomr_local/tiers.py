@@ -24,6 +24,10 @@ class Page:
         """Size in bytes."""
         return self.data.nbytes
 
+    def intact(self) -> bool:
+        """True if the bytes still have the checksum they were stored with."""
+        return zlib.crc32(self.data) == self.checksum
+
 
 class RamTier:
     """An arena of large slabs; pages are cut from them one after the other and freed all at once.

@@ -22,15 +22,16 @@ def head_votes(scores: np.ndarray, row_block: np.ndarray, n_blocks: int, k: int)
     ``scores`` is float32 [n_layer, n_head, n_rows] (query x index row), ``row_block`` int [n_rows] names each
     row's block, ascending; a block with several rows scores by its best one. Returns float32 [n_blocks].
     """
+    votes = np.zeros(n_blocks, np.float32)
     n_rows = scores.shape[-1]
-    flat = scores.reshape(-1, n_rows)
     if n_rows == 0:
-        return np.zeros(n_blocks, np.float32)
+        return votes
+    best = np.array(scores, order="C").reshape(-1, n_rows)
     starts = np.flatnonzero(np.r_[True, row_block[1:] != row_block[:-1]])
     owners = row_block[starts]
-    best = flat.copy() if len(starts) == n_rows else np.maximum.reduceat(flat, starts, axis=1)
+    if len(starts) < n_rows:
+        best = np.maximum.reduceat(best, starts, axis=1)
     heads = np.arange(len(best))
-    votes = np.zeros(n_blocks, np.float32)
     for _ in range(min(k, best.shape[1])):
         top = best.argmax(axis=1)
         votes += np.bincount(owners[top], minlength=n_blocks)

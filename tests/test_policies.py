@@ -1,0 +1,130 @@
+"""Policies are pure: literal arrays in, literal selections out; and the fast vote equals the obvious one."""
+
+import numpy as np
+import pytest
+
+from zoomr_local.policies import POLICIES, BlockView, Settings, TokenView
+from zoomr_local.policies.zoomr import head_votes
+
+
+def view(free, details, summaries=None, votes=None, lifetime=None, used=None):
+    n = len(details)
+    return BlockView(
+        free,
+        np.array(details, np.int32),
+        np.array(summaries or [0] * n, np.int32),
+        np.array(votes or [0] * n, np.float32),
+        np.array(lifetime or [0] * n, float),
+        np.array(used or range(n), np.int64),
+    )
+
+
+def slow_votes(scores, row_block, n_blocks, k):
+    """The obvious way: head by head, best row per block, sort, take k."""
+    votes = [0] * n_blocks
+    for layer in scores:
+        for head in layer:
+            best = {}
+            for row, block in enumerate(row_block):
+                best[block] = max(best.get(block, -np.inf), head[row])
+            for block in sorted(best, key=lambda b: -best[b])[:k]:
+                votes[block] += 1
+    return votes
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 0, 1, 3, 3, 3], [2]])
+def test_votes_equal_the_obvious_count(rows, k):
+    scores = np.random.default_rng(k).standard_normal((3, 4, len(rows)), np.float32)
+    assert head_votes(scores, np.array(rows), 5, k).tolist() == slow_votes(scores, rows, 5, k)
+
+
+def test_votes_of_an_empty_index_are_zero():
+    assert head_votes(np.zeros((2, 2, 0), np.float32), np.zeros(0, int), 3, 2).tolist() == [0, 0, 0]
+
+
+def test_voting_leaves_the_scores_as_they_were():
+    scores = np.ones((1, 2, 3), np.float32)
+    head_votes(scores, np.arange(3), 3, 2)
+    assert (scores == 1).all()
+
+
+def zoomr(**settings):
+    return POLICIES["zoomr"](Settings(**{"window_tokens": 0, "summary_tokens": 0, **settings}))
+
+
+def test_zoomr_keeps_the_blocks_with_most_votes():
+    s = zoomr(zoomed_blocks=2).select(view(20, [10, 10, 10, 10], votes=[1, 9, 0, 5]))
+    assert s.zoomed == (1, 3) and s.details.tolist() == [False, True, False, True]
+    assert s.agreement == pytest.approx(14 / 15)
+
+
+def test_zoomr_never_zooms_a_block_without_votes():
+    assert zoomr(zoomed_blocks=3).select(view(10, [10, 10], votes=[0, 0])).zoomed == ()
+
+
+def test_zoomr_passes_over_a_block_that_does_not_fit():
+    assert zoomr().select(view(12, [50, 10], votes=[9, 1])).zoomed == (1,)
+
+
+def test_window_blocks_stay_and_use_no_zoom_place():
+    s = zoomr(zoomed_blocks=1, window_tokens=10).select(view(20, [10, 10, 10], votes=[1, 2, 9]))
+    assert s.zoomed == (1,) and s.details.tolist() == [False, True, True]
+
+
+def test_least_voted_summaries_leave_first():
+    s = zoomr(summary_tokens=4).select(view(4, [90, 90, 90], [2, 2, 2], lifetime=[5, 0, 1]))
+    assert s.summaries.tolist() == [True, False, True]
+
+
+def test_spare_room_keeps_the_blocks_used_last():
+    assert zoomr().select(view(10, [10, 10, 10], used=[3, 7, 5])).details.tolist() == [False, True, False]
+
+
+def test_everything_stays_when_everything_fits():
+    s = zoomr(summary_tokens=9).select(view(99, [10, 20], [3, 3]))
+    assert s.details.all() and s.summaries.all()
+
+
+@pytest.mark.parametrize("name", ["zoomr", "sumr"])
+def test_no_selection_exceeds_the_room(name):
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        n = int(rng.integers(0, 12))
+        v = view(
+            int(rng.integers(-5, 200)), rng.integers(1, 90, n).tolist(), rng.integers(0, 20, n).tolist(),
+            rng.integers(0, 9, n).tolist(), rng.integers(0, 99, n).tolist(), rng.integers(0, 999, n).tolist(),
+        )
+        s = POLICIES[name](Settings(window_tokens=64, summary_tokens=40)).select(v)
+        kept = int(v.detail_tokens[s.details].sum() + v.summary_tokens[s.summaries].sum())
+        assert kept <= max(0, v.free_tokens)
+        assert all(s.details[b] for b in s.zoomed)
+
+
+def test_sumr_keeps_summaries_before_thoughts():
+    s = POLICIES["sumr"]().select(view(16, [10, 10], [3, 3]))
+    assert s.summaries.all() and s.details.tolist() == [False, True]
+
+
+def test_recency_keeps_the_newest():
+    assert POLICIES["recency"]().select(TokenView(np.arange(5, dtype=np.int32), 2)).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_random_is_a_uniform_sample_of_all_that_was_seen():
+    """Tokens arrive one by one; after the last, every old position survived equally often over many seeds."""
+    survived = np.zeros(200)
+    for seed in range(400):
+        policy, held = POLICIES["random"](Settings(seed=seed)), np.zeros(0, np.int32)
+        for position in range(200):
+            held = np.append(held, np.int32(position))
+            if len(held) > 68:
+                held = held[policy.select(TokenView(held, 68))]
+        survived[held] += 1
+    old = survived[: 200 - policy.recent_tokens] / 400
+    expected = (68 - policy.recent_tokens) / (200 - policy.recent_tokens)
+    assert abs(old[:84].mean() - expected) < 0.02 and abs(old[84:].mean() - expected) < 0.02
+    assert (survived[-policy.recent_tokens:] == 400).all()
+
+
+def test_every_policy_has_a_name_and_a_headline():
+    assert list(POLICIES) == [p.name for p in POLICIES.values()] and all(p.headline for p in POLICIES.values())
