@@ -1,0 +1,118 @@
+"""The benchmarks run, end to end, on a tiny shape. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import make_model, report, speed
+from benchmarks.state import repeat_cells
+from benchmarks.stopwatch import watching
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plain_state(cells: int, transposed: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A sequence state as llama.cpp writes it (two layers, 4-byte K rows, two 2-byte V elements), and its K and V."""
+    rng = np.random.default_rng(cells)
+    keys = [rng.integers(0, 256, (cells, 4), np.uint8) for _ in range(2)]
+    values = [rng.integers(0, 256, (cells, 4), np.uint8) for _ in range(2)]
+    meta = np.stack([np.arange(cells), np.ones(cells), np.zeros(cells)], 1)
+    out = [np.array([77, 0, 1, cells], "<u4"), meta.astype("<i4"), np.array([transposed, 2], "<u4")]
+    for key in keys:
+        out += [np.array([1], "<i4"), np.array([4], "<u8"), key]
+    for value in values:
+        columns = value.view("<u2").T.copy()
+        head = np.array([2, 2], "<u4") if transposed else np.array([4], "<u8")
+        out += [np.array([1], "<i4"), head, columns if transposed else value]
+    return np.concatenate([np.ascontiguousarray(a).view(np.uint8).ravel() for a in out]), keys
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_repeated_state_of_the_same_length_is_the_same_state(transposed: bool) -> None:
+    state, _ = plain_state(5, transposed)
+    assert np.array_equal(repeat_cells(state, 5), state)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_repeated_state_repeats_rows_at_new_positions(transposed: bool) -> None:
+    state, keys = plain_state(3, transposed)
+    deep = repeat_cells(state, 8)
+    assert deep[16:16 + 96].view("<i4").reshape(8, 3)[:, 0].tolist() == list(range(8))
+    at = 16 + 96 + 8 + 12
+    assert np.array_equal(deep[at:at + 32].reshape(8, 4), keys[0][np.arange(8) % 3])
+    whole, _ = plain_state(8, transposed)
+    assert deep.nbytes == whole.nbytes
+
+
+def test_a_state_of_another_cache_is_refused() -> None:
+    state, _ = plain_state(3, False)
+    with pytest.raises(ValueError, match="not understood"):
+        repeat_cells(np.concatenate([state, np.zeros(4, np.uint8)]), 4)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q8_0"])
+def test_random_blocks_have_zero_mean_and_unit_output_variance(quant: str) -> None:
+    import gguf
+
+    rng = np.random.default_rng(0)
+    blocks = make_model.random_matrix(rng, 256, 512, quant, range(3, 5))
+    weights = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[quant])
+    assert not weights[3:5].any()
+    rest = np.delete(weights, [3, 4], axis=0)
+    assert abs(rest.mean()) < 0.001
+    assert rest.std() * np.sqrt(512) == pytest.approx(1, rel=0.05)
+
+
+def test_time_is_charged_to_the_innermost_part_and_functions_come_back() -> None:
+    class Work:
+        def outer(self) -> int:
+            return self.inner() + 1
+
+        def inner(self) -> int:
+            return 1
+
+    plain = Work.outer
+    with watching([(Work, "outer", "out"), (Work, "inner", "in")]) as watch:
+        assert Work().outer() == 2
+    assert set(watch.seconds) == {"out", "in"} and min(watch.seconds.values()) > 0
+    assert Work.outer is plain
+
+
+def test_claims_are_paired_by_round() -> None:
+    ms = {}
+    for name, short, long in ((report.STOCK[0], 10.0, 100.0), (report.STOCK[1], 12.0, 60.0), (report.OURS, 10.0, 10.0)):
+        ms[f"{name} @ 1024"] = report.spread([short, 2 * short])
+        ms[f"{name} @ 32768"] = report.spread([long, 2 * long])
+    flat, on, best, *_ = report.claims(ms, [1024, 32768])
+    assert (flat["median"], on["median"], best["median"]) == (1, 10, 6)
+    assert "FA off" in best["claim"] and all(report.met(c) for c in (flat, on, best))
+
+
+def test_figures_in_the_docs_are_those_of_the_results() -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("speed-*.json"))
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for path in results:
+        assert report.render(json.loads(path.read_text())) in text, f"{path.name}: run --write-docs again"
+
+
+def test_speed_runs_end_to_end_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock = os.environ.get("ZOOMR_STOCK_LIB")
+    if not stock:
+        pytest.skip("ZOOMR_STOCK_LIB names no stock library")
+    model = make_model.write_model(tmp_path / "tiny.gguf", "tiny", make_model.SHAPES["tiny"])
+    out = tmp_path / "speed.json"
+    code = speed.main([
+        "--model", str(model), "--stock", stock, "--threads", "1", "--depths", "512", "1024", "--rounds", "2", "--turn", "8",
+        "--budget", "384", "--rows", "32", "--block", "64", "--share-tokens", "16", "--json", str(out), "--verbose",
+    ])
+    assert code == 0
+    result = json.loads(out.read_text())
+    assert set(result["ms_per_token"]) == {f"{n} @ {d}" for n in (*report.STOCK, report.OURS) for d in (512, 1024)}
+    assert result["settings"]["index_rows"] == 32
+    assert str(tmp_path) not in out.read_text()
+    assert "ms per token" in capsys.readouterr().out
