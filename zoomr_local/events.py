@@ -121,10 +121,15 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counters of one generation. Token counts are cells; times are seconds."""
+    """Counters of one generation.
+
+    ``budget_tokens`` is the limit on cells in use; ``allocated_tokens`` is what llama.cpp made of it, which is
+    the budget rounded up to 256. ``token_bytes`` is what one cell costs. ``agreement`` is the mean over refreshes.
+    """
 
     policy: str
-    budget_tokens: int | None
+    budget_tokens: int
+    allocated_tokens: int
     token_bytes: int
     resident_peak_tokens: int
     resident_mean_tokens: float

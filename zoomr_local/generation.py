@@ -124,6 +124,7 @@ class Generation:
         return CacheStats(
             policy=self.policy.name,
             budget_tokens=cache.budget_tokens,
+            allocated_tokens=self.context.n_cells,
             token_bytes=self.context.token_bytes,
             resident_peak_tokens=cache.peak_tokens,
             resident_mean_tokens=round(self._resident_sum / self._steps, 1) if self._steps else cache.resident_tokens,

@@ -80,11 +80,15 @@ class Model:
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt text of a conversation, by the model's own chat template, open for the reply.
 
-        Raises UsageError if the template refuses the messages, ModelError if there is no template.
+        A model without a template gets a single message as it is. Raises UsageError if the template refuses the
+        messages, ModelError if there is no template for a conversation.
         """
         template = self.llama.chat_template()
+        if template is None and len(messages) == 1:
+            return messages[0]["content"]
         if template is None:
-            raise ModelError(f"{self.path} has no chat template; give plain prompts to a chat model")
+            raise ModelError(f"{self.path} has no chat template, so {len(messages)} messages cannot be put to it; "
+                             "send one message, or use a model with a template")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         special = {"bos_token": self._special(self.llama.bos_token), "eos_token": self._special(self.llama.eos_token)}
