@@ -1,0 +1,88 @@
+"""The application: joins the commands, and turns every error into one line and an exit code.
+
+Entry point of the console script `zoomr`. Exit codes: 0 done, 1 failed, 2 used wrongly, 3 some problems failed,
+130 interrupted. ZOOMR_DEBUG=1 lets errors through with their traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from zoomr_local.errors import ZoomrError
+
+from . import demo, policies, problems, solve
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="zoomr",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 used wrongly, 3 some problems failed, 130 interrupted.",
+)
+app.command("solve")(solve.solve)
+app.command("demo")(demo.demo)
+app.command("problems")(problems.problems)
+app.command("policies")(policies.policies)
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    from .versions import versions
+
+    for name, version in versions().items():
+        print(f"{name:<9} {version}")
+    raise typer.Exit
+
+
+@app.callback()
+def zoomr(
+    version: Annotated[
+        bool, typer.Option("--version", help="Versions of zoomr, its bindings and the engine.", is_eager=True, callback=_print_versions)
+    ] = False,
+) -> None:
+    """Let a GGUF model think as long as it needs inside a KV cache of fixed size."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; default: the process's own) and return its exit code."""
+    debug = bool(os.environ.get("ZOOMR_DEBUG"))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return app(args=arguments, prog_name="zoomr", standalone_mode=False) or 0
+    except ZoomrError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except _CommandLineError as error:
+        where = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
+        message = error.format_message()
+        return _fail(message + where, error.exit_code) if message else error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read us (head, a pager) has gone: nothing is wrong, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# Typer bundles its own copy of click in some versions and depends on click in others; the class that both
+# hang their command-line errors from is found through one that typer exports in all of them.
+_CommandLineError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -1,0 +1,128 @@
+"""Flags that several commands share, and how their text becomes settings.
+
+Spellings follow llama.cpp where it has the flag. Owns no behaviour: `solve.py` and `demo.py` read these.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoomr_local.errors import UsageError
+
+_MODEL, _CACHE, _SELECT, _SAMPLE = "Model", "KV cache", "What is zoomed", "Sampling"
+
+
+def _policy_names() -> list[str]:
+    from zoomr_local.policies import POLICIES
+
+    return list(POLICIES)
+
+
+def _option(panel: str, *names: str, **more) -> typer.models.OptionInfo:
+    return typer.Option(*names, rich_help_panel=panel, **more)
+
+
+Model = Annotated[
+    Path | None,
+    _option(_MODEL, "-m", "--model", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny.", show_default=False),
+]
+GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", min=0, help="Layers on the GPU, if the engine was built for one.")]
+Threads = Annotated[
+    int | None, _option(_MODEL, "-t", "--threads", min=1, help="CPU threads. Default: as many as cores.", show_default=False)
+]
+
+Policy = Annotated[
+    str, _option(_CACHE, "--policy", help="What stays in the cache; `zoomr policies` lists them.", autocompletion=_policy_names)
+]
+KvBudget = Annotated[
+    str | None,
+    _option(_CACHE, "--kv-budget", metavar="TOKENS", help="Cells of KV cache, never exceeded: 512, 4k. Default: 512.", show_default=False),
+]
+KvType = Annotated[str, _option(_CACHE, "--kv-type", help="Type of K and V in cells: f16 or q8_0.")]
+FlashAttn = Annotated[bool, _option(_CACHE, "--flash-attn/--no-flash-attn", help="Fused attention kernels.")]
+
+Refresh = Annotated[int | None, _option(_SELECT, "--refresh", help="Tokens between two selections, at most.", show_default=False)]
+VotesPerHead = Annotated[int | None, _option(_SELECT, "--votes-per-head", help="Blocks each head votes for.", show_default=False)]
+ZoomedBlocks = Annotated[int | None, _option(_SELECT, "--zoomed-blocks", help="Most blocks zoomed at once.", show_default=False)]
+Window = Annotated[int | None, _option(_SELECT, "--window", help="Tokens of the newest blocks that stay whole.", show_default=False)]
+VoteWindow = Annotated[
+    int | None, _option(_SELECT, "--vote-window", help="Tokens whose votes are summed.", show_default=False)
+]
+VoteLayers = Annotated[
+    str | None, _option(_SELECT, "--vote-layers", metavar="LIST", help="Layers that vote: 2,3. Default: all.", show_default=False)
+]
+Sinks = Annotated[int, _option(_SELECT, "--sinks", help="First tokens kept by policies that do not pin the prompt.")]
+
+MaxTokens = Annotated[int, _option(_SAMPLE, "-n", "--max-tokens", min=1, help="Most tokens of a reply, thoughts included.")]
+Temperature = Annotated[float, _option(_SAMPLE, "--temp", help="0 is greedy.")]
+TopK = Annotated[int, _option(_SAMPLE, "--top-k", help="0 is off.")]
+TopP = Annotated[float, _option(_SAMPLE, "--top-p", help="1 is off.")]
+MinP = Annotated[float, _option(_SAMPLE, "--min-p", help="0 is off.")]
+RepeatPenalty = Annotated[float, _option(_SAMPLE, "--repeat-penalty", help="1 is off.")]
+RepeatLastN = Annotated[int, _option(_SAMPLE, "--repeat-last-n", help="Tokens the repetition penalty looks back.")]
+Seed = Annotated[int, _option(_SAMPLE, "--seed", help="Seed of sampling and of policy `random`.")]
+Stop = Annotated[
+    list[str] | None, _option(_SAMPLE, "--stop", metavar="TEXT", help="End the reply here (repeatable).", show_default=False)
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no summary on stderr; errors stay.")]
+
+
+def token_count(flag: str, text: str) -> int:
+    """A count of tokens: ``512``, ``4k`` (4096), ``1.5k``. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kK]?)\s*", text)
+    value = float(match.group(1)) * (1024 if match.group(2) else 1) if match else 0.0
+    if value < 1 or value != int(value) or value >= 2**31:
+        raise UsageError(f"{flag} {text}: give a number of tokens, for example 512 or 4k")
+    return int(value)
+
+
+def budget(policy: str, text: str | None) -> dict[str, int]:
+    """``kv_budget`` for an EngineConfig, or nothing: ``full`` takes the cells it needs, and says so if told otherwise."""
+    if text is None:
+        return {}
+    tokens = token_count("--kv-budget", text)
+    if policy == "full":
+        print("note: policy full keeps every token, so --kv-budget is not used", file=sys.stderr)
+        return {}
+    return {"kv_budget": tokens}
+
+
+def layer_list(text: str | None) -> tuple[int, ...] | None:
+    """``2,3`` as layer numbers; None stays None. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        layers = (-1,)
+    if min(layers) < 0:
+        raise UsageError(f"--vote-layers {text}: give layer numbers, for example 2,3")
+    return layers
+
+
+def known_policy(name: str) -> str:
+    """``name`` if it is in the registry. Raises UsageError with the nearest name and the list."""
+    import difflib
+
+    names = _policy_names()
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UsageError(f"--policy {name}: no such policy{hint}; there are {', '.join(names)}")
+
+
+def model_path(given: Path | None) -> Path:
+    """The model file to load: the user's, or the bundled one."""
+    if given is not None:
+        return given
+    from zoomr_models import bundled_model_path
+
+    return bundled_model_path()
