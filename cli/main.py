@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("ZOOMR_DEBUG"))
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return app(args=arguments, prog_name="zoomr", standalone_mode=False) or 0
+        # `obj` reaches the commands as their context's: `solve` prints the line that goes on after an interruption.
+        return app(args=arguments, prog_name="zoomr", standalone_mode=False, obj=arguments) or 0
     except ZoomrError as error:
         if debug:
             raise

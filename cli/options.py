@@ -31,41 +31,39 @@ Model = Annotated[
     Path | None,
     _option(_MODEL, "-m", "--model", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny.", show_default=False),
 ]
-GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", min=0, help="Layers on the GPU, if the engine was built for one.")]
+GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one.")]
 Threads = Annotated[
-    int | None, _option(_MODEL, "-t", "--threads", min=1, help="CPU threads. Default: as many as cores.", show_default=False)
+    int | None, _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: as many as cores.", show_default=False)
 ]
 
 Policy = Annotated[
-    str, _option(_CACHE, "--policy", help="What stays in the cache; `zoomr policies` lists them.", autocompletion=_policy_names)
+    str, _option(_CACHE, "--policy", metavar="NAME", help="What stays in the cache; `zoomr policies` lists them.", autocompletion=_policy_names)
 ]
 KvBudget = Annotated[
     str | None,
     _option(_CACHE, "--kv-budget", metavar="TOKENS", help="Cells of KV cache, never exceeded: 512, 4k. Default: 512.", show_default=False),
 ]
-KvType = Annotated[str, _option(_CACHE, "--kv-type", help="Type of K and V in cells: f16 or q8_0.")]
+KvType = Annotated[str, _option(_CACHE, "--kv-type", metavar="TYPE", help="Type of K and V in cells: f16 or q8_0.")]
 FlashAttn = Annotated[bool, _option(_CACHE, "--flash-attn/--no-flash-attn", help="Fused attention kernels.")]
 
-Refresh = Annotated[int | None, _option(_SELECT, "--refresh", help="Tokens between two selections, at most.", show_default=False)]
-VotesPerHead = Annotated[int | None, _option(_SELECT, "--votes-per-head", help="Blocks each head votes for.", show_default=False)]
-ZoomedBlocks = Annotated[int | None, _option(_SELECT, "--zoomed-blocks", help="Most blocks zoomed at once.", show_default=False)]
-Window = Annotated[int | None, _option(_SELECT, "--window", help="Tokens of the newest blocks that stay whole.", show_default=False)]
-VoteWindow = Annotated[
-    int | None, _option(_SELECT, "--vote-window", help="Tokens whose votes are summed.", show_default=False)
-]
+Refresh = Annotated[int | None, _option(_SELECT, "--refresh", metavar="N", help="Tokens between two selections, at most.", show_default=False)]
+VotesPerHead = Annotated[int | None, _option(_SELECT, "--votes-per-head", metavar="N", help="Blocks each head votes for.", show_default=False)]
+ZoomedBlocks = Annotated[int | None, _option(_SELECT, "--zoomed-blocks", metavar="N", help="Most blocks zoomed at once.", show_default=False)]
+Window = Annotated[int | None, _option(_SELECT, "--window", metavar="N", help="Tokens of the newest blocks that stay whole.", show_default=False)]
+VoteWindow = Annotated[int | None, _option(_SELECT, "--vote-window", metavar="N", help="Tokens whose votes are summed.", show_default=False)]
 VoteLayers = Annotated[
     str | None, _option(_SELECT, "--vote-layers", metavar="LIST", help="Layers that vote: 2,3. Default: all.", show_default=False)
 ]
-Sinks = Annotated[int, _option(_SELECT, "--sinks", help="First tokens kept by policies that do not pin the prompt.")]
+Sinks = Annotated[int, _option(_SELECT, "--sinks", metavar="N", help="First tokens kept by policies that do not pin the prompt.")]
 
-MaxTokens = Annotated[int, _option(_SAMPLE, "-n", "--max-tokens", min=1, help="Most tokens of a reply, thoughts included.")]
-Temperature = Annotated[float, _option(_SAMPLE, "--temp", help="0 is greedy.")]
-TopK = Annotated[int, _option(_SAMPLE, "--top-k", help="0 is off.")]
-TopP = Annotated[float, _option(_SAMPLE, "--top-p", help="1 is off.")]
-MinP = Annotated[float, _option(_SAMPLE, "--min-p", help="0 is off.")]
-RepeatPenalty = Annotated[float, _option(_SAMPLE, "--repeat-penalty", help="1 is off.")]
-RepeatLastN = Annotated[int, _option(_SAMPLE, "--repeat-last-n", help="Tokens the repetition penalty looks back.")]
-Seed = Annotated[int, _option(_SAMPLE, "--seed", help="Seed of sampling and of policy `random`.")]
+MaxTokens = Annotated[int, _option(_SAMPLE, "-n", "--max-tokens", metavar="N", min=1, help="Most tokens of a reply, thoughts included.")]
+Temperature = Annotated[float, _option(_SAMPLE, "--temp", metavar="X", help="0 is greedy.")]
+TopK = Annotated[int, _option(_SAMPLE, "--top-k", metavar="N", help="0 is off.")]
+TopP = Annotated[float, _option(_SAMPLE, "--top-p", metavar="X", help="1 is off.")]
+MinP = Annotated[float, _option(_SAMPLE, "--min-p", metavar="X", help="0 is off.")]
+RepeatPenalty = Annotated[float, _option(_SAMPLE, "--repeat-penalty", metavar="X", help="1 is off.")]
+RepeatLastN = Annotated[int, _option(_SAMPLE, "--repeat-last-n", metavar="N", help="Tokens the repetition penalty looks back.")]
+Seed = Annotated[int, _option(_SAMPLE, "--seed", metavar="N", help="Seed of sampling and of policy `random`.")]
 Stop = Annotated[
     list[str] | None, _option(_SAMPLE, "--stop", metavar="TEXT", help="End the reply here (repeatable).", show_default=False)
 ]

@@ -14,12 +14,12 @@ from zoomr_local.errors import UsageError
 
 def problems(
     family: Annotated[str, typer.Argument(help="dag (named sums) or series (a recurrence).")],
-    count: Annotated[int, typer.Option("-n", "--n", min=1, help="How many different problems.")] = 100,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal problems.")] = 0,
-    thoughts: Annotated[int, typer.Option("--thoughts", min=1, help="Steps each problem takes.")] = 8,
-    split: Annotated[str, typer.Option("--split", help="train, dev or test; no problem is in two of them.")] = "test",
+    count: Annotated[int, typer.Option("-n", "--n", metavar="N", min=1, help="How many different problems.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Equal seeds give equal problems.")] = 0,
+    thoughts: Annotated[int, typer.Option("--thoughts", metavar="N", min=1, help="Steps each problem takes.")] = 8,
+    split: Annotated[str, typer.Option("--split", metavar="NAME", help="train, dev or test; no problem is in two of them.")] = "test",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A new file. Default: stdout.", show_default=False)
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A new file. Default: stdout.", show_default=False)
     ] = None,
 ) -> None:
     """Write generated problems as JSONL: id, prompt, answer, family, thoughts."""

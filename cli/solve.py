@@ -34,14 +34,15 @@ INTERRUPTED = 130
 
 
 def solve(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(help="JSONL: id, prompt or messages, perhaps answer; - is stdin.", show_default=False)],
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="One record a problem; - is stdout. Default: FILE.POLICY.out.jsonl here.", show_default=False),
+        typer.Option("-o", "--output", metavar="FILE", help="One record a problem; - is stdout. Default: FILE.POLICY.out.jsonl here.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the output's records and start again.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Solve the failed ones of an earlier run again.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N problems.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems.", show_default=False)] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     model: options.Model = None,
@@ -83,7 +84,7 @@ def solve(
     if as_json and target == STDIO:
         raise UsageError("--json and -o - both want stdout; give the records a file with -o, or leave out --json")
     problems = read_problems(_input_lines(file), "standard input" if file == STDIO else file)[:limit]
-    job = Job(problems, config, sampling, max_tokens, options.model_path(model), n_gpu_layers, as_json, quiet)
+    job = Job(problems, config, sampling, max_tokens, options.model_path(model), n_gpu_layers, as_json, quiet, context.obj)
     if target == STDIO:
         return job.run(None)
     _refuse_same_file(file, Path(target))
@@ -105,6 +106,11 @@ class Job:
     n_gpu_layers: int
     as_json: bool
     quiet: bool
+    arguments: list[str]
+
+    def command(self, *extra: str, without: tuple[str, ...] = ()) -> str:
+        """The command line as the user can type it again."""
+        return shlex.join(["zoomr", *(a for a in self.arguments if a not in without + extra), *extra])
 
     def run(self, journal: Journal | None, overwrite: bool = False, retry_failed: bool = False) -> int:
         """Solve what is left to solve and return the exit code. Without a journal records go to stdout."""
@@ -161,7 +167,7 @@ class Job:
         if self.config.policy == "full":
             asked["kv_budget"] = None
         settings = {**asked, "sampling": asdict(self.sampling), "max_tokens": self.max_tokens, "n_gpu_layers": self.n_gpu_layers}
-        return Manifest(settings, fingerprint, versions(), {"command": _command(), "threads": threads})
+        return Manifest(settings, fingerprint, versions(), {"command": self.command(), "threads": threads})
 
     def _left(self, journal: Journal, manifest: Manifest, tally: Tally, retry_failed: bool) -> list[Problem]:
         """The problems without a record; counts those with one. Raises UsageError if one was asked differently."""
@@ -199,19 +205,19 @@ class Job:
         budget = None if self.config.policy == "full" else self.config.kv_budget
         for line in summary_lines(tally, budget):
             self._say(line)
-        if tally.failed:
-            self._say(f"to try the failed ones again: {_command()} --retry-failed" if journal else "")
+        if tally.failed and journal is not None:
+            self._say(f"to try the failed ones again: {self.command('--retry-failed', without=('--overwrite',))}")
         if self.as_json:
             print(json.dumps({"output": where, "total": len(self.problems), **tally.summary()}))
         return SOME_FAILED if tally.failed else 0
 
     def _interrupted(self, tally: Tally, journal: Journal | None) -> int:
-        kept = "" if journal is None else f", all in {journal.path}; to go on: {_command(without='--overwrite')}"
+        kept = "" if journal is None else f", all in {journal.path}; to go on: {self.command(without=('--overwrite',))}"
         print(f"interrupted: {tally.done} of {len(self.problems)} done{kept}", file=sys.stderr)
         return INTERRUPTED
 
     def _say(self, text: str) -> None:
-        if text and not self.quiet:
+        if not self.quiet:
             print(text, file=sys.stderr)
 
 
@@ -275,7 +281,3 @@ def _write_stdout(record: dict[str, Any]) -> None:
 def _has_no_error(record: dict[str, Any]) -> bool:
     return "error" not in record
 
-
-def _command(without: str = "") -> str:
-    """The command line as the user could type it again."""
-    return shlex.join(["zoomr", *(a for a in sys.argv[1:] if a not in (without, "--retry-failed"))])

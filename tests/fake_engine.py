@@ -46,6 +46,7 @@ class FakeEngine:
     def generate(self, prompt, sampling, max_tokens):
         text = "".join(map(chr, prompt))
         self.prompts.append(text)
+        self.cancelled = False
         reply = self.replies.get(text, "The answer is 4.")
         yield PromptProgress(len(prompt), len(prompt))
         if isinstance(reply, Exception):
@@ -57,7 +58,6 @@ class FakeEngine:
                 break
             yield TokenDecoded(len(prompt) + i, 7, "x", "thought", 100 + i)
         reason = "cancelled" if self.cancelled else "stop" if n == self.tokens else "length"
-        self.cancelled = False
         yield BlockClosed(0, "thought", (len(prompt), len(prompt) + 4), (len(prompt) + 4, len(prompt) + 6), "noted")
         yield PagedOut(len(prompt) + 6, (0,), "detail", 4, 64)
         yield Refreshed(len(prompt) + 7, (0,), 0.5, "interval")

@@ -166,7 +166,16 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_its_owner(out):
     finally:
         owner.kill()
         owner.communicate()
+    with Journal.open(out) as journal:
+        journal.begin(MANIFEST)
+
+
+def test_a_file_that_was_made_for_nothing_is_taken_away_again(out):
     Journal.open(out).close()
+    assert not out.exists()
+    out.touch()
+    Journal.open(out).close()
+    assert out.exists()
 
 
 def test_a_device_or_a_folder_is_no_output(tmp_path):

@@ -89,12 +89,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, file: int, records: list[dict[str, Any]], whole_bytes: int, torn_bytes: int):
+        """Use ``Journal.open``."""
         self.path = path
         self.manifest_path = manifest_path(path)
         self.records = records
         self.torn_bytes = torn_bytes
         self._file = file
         self._whole_bytes = whole_bytes
+        self._unused = False
 
     @classmethod
     def open(cls, path: Path) -> Journal:
@@ -102,6 +104,7 @@ class Journal:
 
         Raises UsageError if another process holds it or if a line before the last is not a record.
         """
+        made = not path.exists()
         file = _open_locked(path)
         try:
             with os.fdopen(os.dup(file), "rb") as reader:
@@ -110,7 +113,9 @@ class Journal:
         except BaseException:
             os.close(file)
             raise
-        return cls(path, file, records, whole, len(data) - whole)
+        journal = cls(path, file, records, whole, len(data) - whole)
+        journal._unused = made
+        return journal
 
     def check(self, manifest: Manifest) -> None:
         """Raise UsageError if the records here were made with other settings than ``manifest``'s."""
@@ -139,6 +144,7 @@ class Journal:
         if overwrite:
             self.records, self._whole_bytes, self.torn_bytes = [], 0, 0
         self.check(manifest)
+        self._unused = False
         os.ftruncate(self._file, self._whole_bytes)
         _write_atomically(self.manifest_path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
         kept = [r for r in self.records if keep is None or keep(r)]
@@ -153,8 +159,10 @@ class Journal:
         self.records.append(record)
 
     def close(self) -> None:
-        """Release the lock. The files stay."""
+        """Release the lock. The files stay, except an empty one that ``open`` made and nothing was begun in."""
         if self._file >= 0:
+            if self._unused:
+                self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
 

@@ -296,8 +296,8 @@ class Tally:
         low, high = wilson_interval(self.right, self.graded)
         accuracy = {
             "right": self.right, "graded": self.graded,
-            "share": round(self.right / self.graded, 4),
-            "wilson95": [round(low, 4), round(high, 4)],
+            "share": round(self.right / self.graded, 6),
+            "wilson95": [round(low, 6), round(high, 6)],
         } if self.graded else None  # fmt: skip
         return {
             "done": self.done,
