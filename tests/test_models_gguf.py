@@ -1,0 +1,109 @@
+"""The bundled GGUF under llama.cpp: same tokens, same numbers, and the keys a runtime reads."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    import zoomr_models as models
+    from zoomr_models import tasks, tokenizer
+except ImportError:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import models
+    from models import tasks, tokenizer
+
+llama_cpp = pytest.importorskip("llama_cpp", exc_type=(ImportError, FileNotFoundError, RuntimeError))
+np = pytest.importorskip("numpy")
+
+FIXTURE = json.loads(Path(__file__).with_name("test_models_fixture.json").read_text())
+Q8_TOLERANCE = 1.0  # logits; measured differences are in models/zoomr-tiny.md
+
+
+@pytest.fixture(scope="module")
+def model():
+    path = str(models.bundled_model_path())
+    loaded = llama_cpp.Llama(path, n_ctx=2048, n_threads=2, n_gpu_layers=0, verbose=False)
+    yield loaded
+    loaded.close()
+
+
+def ids_of(model, text):
+    return model.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def complete(model, prompt, limit=1500):
+    out = ids_of(model, tasks.prompt_text(prompt))
+    new = []
+    for token in model.generate(out, temp=0.0, top_k=1, repeat_penalty=1.0):
+        new.append(token)
+        if token == tokenizer.IM_END or len(new) == limit:
+            break
+    return tokenizer.decode(new)
+
+
+def test_size_and_metadata(model):
+    assert models.bundled_model_path().stat().st_size < 10_000_000
+    meta = model.metadata
+    assert meta["general.name"] == "zoomr-tiny"
+    assert meta["tokenizer.ggml.pre"] == "gpt-2"
+    for key in ("window", "votes_per_head", "zoomed_blocks", "vote_window"):
+        assert int(meta[f"zoomr.{key}"]) > 0
+
+
+def test_chat_template_says_what_training_said(model):
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Template(model.metadata["tokenizer.chat_template"], keep_trailing_newline=True)
+    text = template.render(
+        messages=[{"role": "user", "content": "What is oak?"}], add_generation_prompt=True
+    )
+    assert text == tasks.prompt_text("What is oak?")
+
+
+def test_pinned_ids(model):
+    for pinned in FIXTURE["ids"]:
+        assert ids_of(model, pinned["text"]) == pinned["ids"], pinned["text"][:40]
+
+
+@pytest.mark.parametrize("family", sorted(tasks.FAMILIES))
+def test_same_ids_on_every_family(model, family):
+    for problem in tasks.generate(family, 20, seed=11, thoughts=12, split="dev"):
+        text = tasks.prompt_text(problem.prompt) + problem.trace
+        assert ids_of(model, text) == tokenizer.encode(text)
+
+
+def test_same_ids_on_arbitrary_utf8(model):
+    rng = random.Random(5)
+    ranges = ((32, 127), (160, 880), (0x400, 0x500), (0x3040, 0x30FF), (0x4E00, 0x9000), (0x1F300, 0x1F600))
+    for _ in range(300):
+        text = "".join(
+            rng.choice((" ", "\n", "oak", "42", chr(rng.randrange(*rng.choice(ranges)))))
+            for _ in range(rng.randrange(1, 40))
+        )
+        assert ids_of(model, text) == tokenizer.encode(text), repr(text)
+
+
+def test_logits_agree_with_training_within_quantisation(model):
+    model.reset()
+    model.eval(FIXTURE["ids"][0]["ids"])
+    got = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
+    want = np.array(FIXTURE["logits"])
+    assert np.abs(got - want).max() < Q8_TOLERANCE
+    assert got.argmax() == want.argmax()
+
+
+def test_demo_problems_are_test_problems_and_are_answered(model):
+    lines = models.demo_problems_path().read_text().splitlines()
+    demos = [json.loads(x) for x in lines]
+    assert len(demos) == 12 and all(set(d) == {"id", "prompt", "answer"} for d in demos)
+    for demo in demos:
+        family = demo["id"].split("-")[0]
+        assert tasks.split_of(family, demo["prompt"]) == "test"
+    right = 0
+    for demo in demos[:2]:
+        text = complete(model, demo["prompt"])
+        right += text.endswith(f"The answer is {demo['answer']}.<|im_end|>")
+        assert "<|begin_of_summary|>" in text
+    assert right >= 1
