@@ -28,7 +28,7 @@ _MOST_COLUMNS = 100
 def demo(
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="Compare these (repeatable). Default: full and zoomr.", show_default=False, autocompletion=options._policy_names),
+        typer.Option("--policy", metavar="NAME", help="Compare these (repeatable). Default: full and zoomr.", show_default=False, autocompletion=options._policy_names),
     ] = None,
     kv_budget: Annotated[
         str, typer.Option("--kv-budget", metavar="TOKENS", help="Cells of KV cache for every policy but full.")

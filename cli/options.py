@@ -29,7 +29,7 @@ def _option(panel: str, *names: str, **more) -> typer.models.OptionInfo:
 
 Model = Annotated[
     Path | None,
-    _option(_MODEL, "-m", "--model", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny.", show_default=False),
+    _option(_MODEL, "-m", "--model", metavar="FILE", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny.", show_default=False),
 ]
 GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one.")]
 Threads = Annotated[

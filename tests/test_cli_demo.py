@@ -1,0 +1,191 @@
+"""`zoomr demo`, `problems`, `policies`, `--version`, and the drawing of blocks; the engine is a fake one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, opener
+from rich.console import Console
+
+from zoomr_cli.blocks import ASCII, AWAY, KEPT, UNICODE, WRITTEN, ZOOMED, Trace, draw, legend
+from zoomr_cli.main import main
+from zoomr_cli.render import human_bytes, human_seconds
+from zoomr_local.events import BlockClosed, PagedIn, PagedOut, TokenDecoded
+from zoomr_local.solve import read_problems
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr("zoomr_cli.solve.open_engine", opener(engine))
+    return engine
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def two_thoughts() -> Trace:
+    """Prompt of 10; two thoughts of 10 tokens with summaries of 2; the first leaves, comes back and leaves."""
+    trace = Trace()
+    for position in range(10, 70):
+        trace.feed(TokenDecoded(position, 1, "x", "thought", min(position, 30)))
+        if position == 21:
+            trace.feed(BlockClosed(0, "thought", (10, 20), (20, 22), "Worked out oak."))
+        if position == 33:
+            trace.feed(BlockClosed(1, "thought", (22, 32), (32, 34), "Worked out a tree with a very long name."))
+        if position in (40, 60):
+            trace.feed(PagedOut(position, (0,), "detail", 10, 160))
+            trace.feed(PagedOut(position, (1,), "summary", 2, 32))
+        if position == 50:
+            trace.feed(PagedIn(position, (0,), "detail", 10, 160))
+    return trace
+
+
+def test_spans_tell_when_a_thought_was_where():
+    trace = two_thoughts()
+    first, second = (trace.spans(b) for b in trace.blocks)
+    assert first == [(10, 22, WRITTEN), (22, 40, KEPT), (40, 50, AWAY), (50, 60, ZOOMED), (60, 70, AWAY)]
+    assert second == [(22, 34, WRITTEN), (34, 70, KEPT)], "where its summary is does not move a thought"
+    assert trace.zooms == 1
+
+
+def test_a_row_is_a_thought_and_time_runs_to_the_right():
+    lines = draw(two_thoughts(), width=26 + 8 + 30).plain.splitlines()
+    assert lines[0] == "  1 Worked out oak.       " + "██████░░░░░░░░░·····▲▲▲▲▲·····"
+    assert lines[1] == "  2 Worked out a tree w.." + " " * 7 + "██████░░░░░░░░░░░░░░░░░░"
+    assert lines[2].startswith("            tokens so far ▁") and lines[2].endswith("█ 70")
+    assert lines[3].startswith("   tokens in the KV cache ▁") and lines[3].endswith("▃ 30")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("glyphs", [UNICODE, ASCII])
+def test_nothing_is_wider_than_the_terminal(width, glyphs):
+    for text in (draw(two_thoughts(), width, glyphs), legend(width, glyphs)):
+        assert max(map(len, text.plain.splitlines())) <= width
+        assert glyphs is UNICODE or text.plain.isascii()
+
+
+def test_many_blocks_are_cut_and_counted():
+    trace = Trace()
+    for i in range(30):
+        trace.feed(TokenDecoded(i, 1, "x", "thought", i))
+        trace.feed(BlockClosed(i, "thought", (i, i + 1), None, "x"))
+    assert "... and 6 more" in draw(trace, 80).plain
+
+
+def test_an_empty_trace_draws_without_dividing_by_zero():
+    assert draw(Trace(), 80).plain
+
+
+def test_sizes_and_times_for_people():
+    assert [human_bytes(n) for n in (0, 1023, 1024, 3 << 20, 5 << 30)] == ["0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5.0 GiB"]
+    assert [human_seconds(n) for n in (0.4, 41, 200, 7500)] == ["0.4 s", "41 s", "3 min 20 s", "2 h 05 min"]
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_prints_a_table_and_a_drawing_on_stdout(engine, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["demo", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "full" in out and "zoomr" in out and "of 12" in out and "cells" in out and "zooms" in out
+    assert "▲" in out and "zoomed back in" in out
+    assert "\x1b" not in out, "no colour codes into a pipe"
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_demo_compares_the_policies_that_are_named(engine, capsys):
+    assert main(["demo", "-q", "--policy", "recency", "--policy", "zoomr", "--kv-budget", "256"]) == 0
+    out, _ = capsys.readouterr()
+    assert "recency" in out and "full" not in out
+    assert engine.config.kv_budget == 256
+
+
+def test_demo_as_json(engine, capsys):
+    assert main(["demo", "-q", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [run["policy"] for run in result["runs"]] == ["full", "zoomr"]
+    run = result["runs"][1]
+    assert len(run["records"]) == 12
+    assert run["traces"][run["records"][0]["id"]]["moves"][0]["to"] == "tier"
+
+
+def test_an_unknown_policy_is_named_with_the_nearest(engine, capsys):
+    assert main(["demo", "--policy", "ful"]) == 2
+    assert "did you mean full?" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- problems, policies, versions
+
+
+def test_problems_are_what_solve_reads(tmp_path, capsys):
+    out = tmp_path / "dag.jsonl"
+    assert main(["problems", "dag", "-n", "20", "--thoughts", "3", "--seed", "5", "-o", str(out)]) == 0
+    problems = read_problems(out.read_bytes().split(b"\n"), "dag")
+    assert len(problems) == 20 and all(p.answer is not None for p in problems)
+    assert main(["problems", "dag", "-n", "20", "--thoughts", "3", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["problems", "none"], "there are dag, series"),
+        (["problems", "dag", "--split", "none"], "unknown split"),
+        (["problems", "dag", "--thoughts", "1000"], "dag takes 1 to"),
+        (["problems", "dag", "-o", "taken"], "taken exists"),
+    ],
+)
+def test_misuse_of_problems(tmp_path, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    assert main(arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_policies_lists_the_registry(capsys):
+    assert main(["policies"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert main(["policies", "--json"]) == 0
+    assert listed == list(json.loads(capsys.readouterr().out))
+    assert {"zoomr", "full"} <= set(listed)
+
+
+def test_version_names_all_three(capsys):
+    assert main(["--version"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["zoomr", "bindings", "engine"]
+
+
+def test_help_is_light_and_needs_no_library():
+    """Neither numpy, rich's tables, the engine nor the model package are loaded to print help."""
+    code = (
+        "import sys; from zoomr_cli.main import main\n"
+        "code = main(['solve', '--help'])\n"
+        "heavy = [m for m in ('numpy', 'jinja2', 'llama_cpp', 'zoomr_local.libllama', 'zoomr_models') if m in sys.modules]\n"
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    assert "--kv-budget" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    code = "from zoomr_cli.main import main; raise SystemExit(main(['problems', 'dag', '-n', '2000']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_console_without_unicode_gets_ascii(engine, monkeypatch, capsys):
+    monkeypatch.setattr(Console, "encoding", "ascii")
+    assert main(["demo", "-q"]) == 0
+    out = capsys.readouterr().out
+    assert "^ zoomed back in" in out
