@@ -1,0 +1,110 @@
+// C API of what zoomr-local adds to libllama: paging of KV cells by position, index rows and the probe that
+// scores them. Mechanism only: what to page and when is decided by the caller (zoomr_local, in Python).
+//
+// A zoomr_context belongs to one llama_context and must be freed before it. Calls on one context must not
+// overlap, neither with each other nor with llama_decode. Without a zoomr_context the library is stock.
+//
+// Positions are logical and never change: llama_memory_seq_add, llama_memory_seq_div and context shift must
+// not be used on a context that pages; calls here fail with ZOOMR_ERR_SHIFT while a shift is pending.
+//
+// Unless stated otherwise a function returns a count >= 0, or one of the negative codes below;
+// zoomr_last_error() has the sentence.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+// changed whenever a struct, a signature or the page format below changes
+#define ZOOMR_ABI 1
+
+#define ZOOMR_ERR_ARGUMENT    -1
+#define ZOOMR_ERR_UNSUPPORTED -2 // the model or its cache cannot be paged
+#define ZOOMR_ERR_SPACE       -3 // not enough free cells, or a buffer too small
+#define ZOOMR_ERR_DUPLICATE   -4 // a position is resident already
+#define ZOOMR_ERR_PAGE        -5 // not a page of this cache: wrong magic, geometry, size or contents
+#define ZOOMR_ERR_SHIFT       -6 // a position shift is pending
+#define ZOOMR_ERR_INTERNAL    -7
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct zoomr_context;
+
+struct zoomr_params {
+    uint32_t n_rows_max; // index rows to reserve address space for
+    uint32_t n_keys_max; // key probe (test oracle): positions a sequence can name, 0: off
+    bool     tap_query;  // keep the last token's query of every sequence
+};
+
+// what a caller needs to interpret the arrays below
+struct zoomr_info {
+    uint32_t n_layer;       // paged attention layers, in model order
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t n_embd_head;   // of a key
+    uint32_t n_seq_max;
+    uint32_t n_rows_max;    // rounded up from the parameter
+    uint32_t n_keys_max;
+    uint32_t n_stream;
+    uint64_t token_bytes;   // K and V of one token over the paged layers
+    uint64_t geometry;      // hash of everything that a page's bytes depend on
+};
+
+// "<ZOOMR_ABI> <engine version>"
+LLAMA_API const char * zoomr_version(void);
+
+// the calling thread's last error
+LLAMA_API const char * zoomr_last_error(void);
+
+// keeps llama.cpp's log in a ring instead of printing it; tail copies the newest lines, oldest first
+LLAMA_API void   zoomr_log_capture(void);
+LLAMA_API size_t zoomr_log_tail(char * dst, size_t size, int32_t level_min);
+
+// any context, paged or not: the cells of the (full-attention) KV cache. 0 if there is no such cache
+LLAMA_API uint32_t zoomr_kv_size    (const struct llama_context * ctx); // cells of one stream
+LLAMA_API uint32_t zoomr_kv_used    (const struct llama_context * ctx); // cells in use, all streams
+LLAMA_API uint64_t zoomr_token_bytes(const struct llama_context * ctx); // K and V of one token
+LLAMA_API int64_t  zoomr_resident   (const struct llama_context * ctx, llama_seq_id seq, llama_pos * dst, size_t n_max);
+
+// NULL if the context's model and cache can be paged, else the reason
+LLAMA_API const char * zoomr_unsupported(const struct llama_context * ctx);
+
+// attach and detach. the buffers live where the KV cache lives
+LLAMA_API int32_t zoomr_init(struct llama_context * ctx, struct zoomr_params params, struct zoomr_context ** out);
+LLAMA_API void    zoomr_free(struct zoomr_context * zoomr);
+LLAMA_API void    zoomr_get_info(const struct zoomr_context * zoomr, struct zoomr_info * info);
+
+LLAMA_API int32_t zoomr_layer_id(const struct zoomr_context * zoomr, uint32_t i); // model layer of paged layer i
+LLAMA_API float   zoomr_kq_scale(const struct zoomr_context * zoomr, uint32_t i); // scale of q.k before softmax
+
+// paging. a page holds the resident tokens of a sequence in [p0, p1): positions, cell data, K and V rows
+LLAMA_API int64_t zoomr_page_tokens(struct zoomr_context * zoomr, llama_seq_id seq, llama_pos p0, llama_pos p1);
+LLAMA_API int64_t zoomr_page_bytes (const struct zoomr_context * zoomr, uint64_t n_tokens);
+LLAMA_API int64_t zoomr_page_write (struct zoomr_context * zoomr, llama_seq_id seq, llama_pos p0, llama_pos p1, void * dst, size_t size); // bytes
+LLAMA_API int64_t zoomr_page_free  (struct zoomr_context * zoomr, llama_seq_id seq, llama_pos p0, llama_pos p1); // tokens
+// into the lowest free cells, at the original positions. nothing changes unless the whole page fits
+LLAMA_API int64_t zoomr_page_in    (struct zoomr_context * zoomr, llama_seq_id seq, const void * src, size_t size); // tokens
+
+// index rows, shared by all sequences: [n_head_kv, n_embd_head] floats in every paged layer
+LLAMA_API int32_t zoomr_rows_set_n(struct zoomr_context * zoomr, uint32_t n); // rows that the probe scores
+LLAMA_API int64_t zoomr_rows_mean (struct zoomr_context * zoomr, uint32_t row, llama_seq_id seq, llama_pos p0, llama_pos p1); // tokens averaged
+LLAMA_API int32_t zoomr_rows_get  (struct zoomr_context * zoomr, uint32_t row,       float * dst); // [n_layer][n_head_kv][n_embd_head]
+LLAMA_API int32_t zoomr_rows_set  (struct zoomr_context * zoomr, uint32_t row, const float * src);
+LLAMA_API void    zoomr_rows_clear(struct zoomr_context * zoomr);
+
+// what the last decode left, for the last token of every sequence in it. valid until the next decode;
+// a host address of the tensor itself where the KV cache is in host memory, else of a copy made by the call
+LLAMA_API const float * zoomr_scores    (struct zoomr_context * zoomr); // [n_layer][n_seq_max][n_head][n_rows_max]
+LLAMA_API const float * zoomr_query     (struct zoomr_context * zoomr); // [n_layer][n_seq_max][n_head][n_embd_head], NULL unless tapped
+LLAMA_API const float * zoomr_key_scores(struct zoomr_context * zoomr); // [n_layer][n_seq_max][n_head][n_keys_max], NULL unless probed
+
+// test oracle: score the resident keys at these positions in every following decode. fails where one is not resident
+LLAMA_API int32_t zoomr_set_key_probe(struct zoomr_context * zoomr, llama_seq_id seq, const llama_pos * pos, uint32_t n);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,340 @@
+"""A KV cache of fixed size with its graph: decode, page, index, score. Imported by this package only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+
+from zoomr_local.errors import EngineError, UnsupportedModel
+
+from .batch import Batch
+from .library import Info, Params, checked, last_log_line, llama, zoomr
+
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+
+DECODE_CODES = {
+    1: "no free cells for the batch",
+    2: "aborted",
+    -1: "invalid batch",
+    -2: "no memory for the computation",
+    -3: "the computation failed",
+}
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hardware threads counted once: more threads than that slow decoding."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    seen = set()
+    for cpu in cpus:
+        base = f"/sys/devices/system/cpu/cpu{cpu}/topology/"
+        try:
+            with open(base + "physical_package_id") as package, open(base + "core_id") as core:
+                seen.add((package.read(), core.read()))
+        except OSError:
+            return len(cpus)
+    return len(seen)
+
+
+class LlamaContext:
+    """``n_cells`` cells a stream: all sequences share one stream if ``kv_unified``, else each has its own.
+
+    With ``paging`` the hooks are attached and an UnsupportedModel is raised where they cannot be; without it
+    the context is stock llama.cpp and every page_*, index_* and score call raises EngineError.
+
+    n_cells, n_batch, n_seq_max: what llama.cpp made of the arguments (cells are rounded up to 256)
+    token_bytes: K and V of one token over all layers of the (full-attention) cache; what one cell costs
+    layer_ids, n_paged_layers, n_head, n_head_kv, head_dim, n_rows_max: shapes of the arrays below (paging only)
+    geometry: equal for two contexts if and only if they can read each other's pages (paging only)
+    """
+
+    def __init__(self, model, *, n_cells: int, n_batch: int = 512, n_ubatch: int = 512, n_seq_max: int = 1,
+                 n_threads: int | None = None, flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16",
+                 kv_unified: bool = False, paging: bool = True, index_rows: int = 2048, tap_query: bool = False,
+                 key_probe: int = 0):
+        self._ctx = None
+        self._zoomr = None
+        self._views: dict[tuple, np.ndarray] = {}
+        self._n_rows = 0
+        self.model = model
+        self.kv_unified = kv_unified
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_cells if kv_unified else n_cells * n_seq_max
+        params.n_batch, params.n_ubatch, params.n_seq_max = n_batch, n_ubatch, n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads or physical_cores()
+        params.flash_attn_type = int(flash_attn)
+        for name, value in (("type_k", type_k), ("type_v", type_v)):
+            if value not in GGML_TYPES:
+                raise EngineError(f"{name}={value!r} is not one of {', '.join(GGML_TYPES)}")
+            setattr(params, name, GGML_TYPES[value])
+        params.kv_unified = kv_unified
+        params.swa_full = False  # a sliding-window cache holds its window, not the whole budget a second time
+        params.no_perf = True
+        self._ctx = llama.llama_init_from_model(model.handle, params)
+        if not self._ctx:
+            raise EngineError(f"llama.cpp made no context of {n_cells} cells: {last_log_line()}")
+        self._memory = llama.llama_get_memory(self._ctx)
+        self.n_seq_max: int = n_seq_max
+        self.n_batch: int = llama.llama_n_batch(self._ctx)
+        self.n_cells: int = zoomr.kv_size(self._ctx)
+        self.token_bytes: int = zoomr.token_bytes(self._ctx)
+        self._batch = Batch(self.n_batch, n_seq_max)
+        if paging:
+            self._attach(index_rows, key_probe, tap_query)
+        model._contexts.add(self)
+
+    def _attach(self, index_rows: int, key_probe: int, tap_query: bool) -> None:
+        out = ctypes.c_void_p()
+        try:
+            checked(zoomr.init(self._ctx, Params(index_rows, key_probe, tap_query), ctypes.byref(out)))
+        except UnsupportedModel as error:
+            self.close()
+            refused = UnsupportedModel(f"{self.model.path.name} ({self.model.desc}) cannot be paged. {error}. "
+                                       "Run it with --policy full instead.")
+            refused.reason = str(error)
+            raise refused from None
+        except EngineError:
+            self.close()
+            raise
+        self._zoomr = out.value
+        info = Info()
+        zoomr.get_info(self._zoomr, ctypes.byref(info))
+        self.n_paged_layers: int = info.n_layer
+        self.n_head: int = info.n_head
+        self.n_head_kv: int = info.n_head_kv
+        self.head_dim: int = info.n_embd_head
+        self.n_rows_max: int = info.n_rows_max
+        self.n_keys_max: int = info.n_keys_max
+        self.geometry: int = info.geometry
+        self.tap_query = tap_query
+        self.layer_ids: list[int] = [zoomr.layer_id(self._zoomr, i) for i in range(info.n_layer)]
+
+    @property
+    def handle(self):
+        """The C pointer; raises EngineError once closed."""
+        if not self._ctx:
+            raise EngineError("the context is closed")
+        return self._ctx
+
+    @property
+    def _pager(self):
+        if not self._zoomr:
+            raise EngineError("the context is closed" if not self._ctx else "the context was made with paging=False")
+        return self._zoomr
+
+    # decoding
+
+    def decode(self, tokens, positions, *, seq: int = 0, logits: str = "last") -> None:
+        """Tokens of one sequence at their logical positions, at most n_batch.
+
+        ``logits``: "last", "all" or "none". Positions must follow the newest resident one. Raises EngineError,
+        for instance where fewer cells are free than tokens are given; the cache is unchanged then.
+        """
+        batch = self._batch
+        if not 0 <= seq < self.n_seq_max:
+            batch.check_seq(seq)
+        if len(tokens) == 1:
+            batch.fill_one(tokens[0], positions[0], seq, logits != "none")
+        else:
+            batch.fill(tokens, positions, seq, logits == "all")
+            if logits == "last":
+                batch.want[len(tokens) - 1] = 1
+        self._decode()
+
+    def decode_batch(self, tokens, positions, seqs, logits) -> None:
+        """General form: a position, a sequence and a logits flag for every token."""
+        for seq in set(seqs):
+            self._batch.check_seq(seq)
+        self._batch.fill(tokens, positions, seqs, np.asarray(logits, dtype=bool))
+        self._decode()
+
+    def _decode(self) -> None:
+        code = llama.llama_decode(self._ctx or self.handle, self._batch.c)
+        if code != 0:
+            words = DECODE_CODES.get(code, "fatal error")
+            detail = (f"{self._batch.c.n_tokens} tokens, {self.n_used()} of {self.n_cells} cells in use" if code == 1
+                      else last_log_line())
+            raise EngineError(f"decoding failed ({code}): {words} ({detail})")
+
+    def logits(self, i: int = -1) -> np.ndarray:
+        """View, float32 [n_vocab]: of token ``i`` of the last batch, or of its last output (-1)."""
+        address = zoomr.llama_get_logits_ith(self.handle, i)
+        if not address:
+            raise EngineError(f"there are no logits {i}: decode with logits first")
+        return self._view(address, (self.model.n_vocab,))
+
+    def set_threads(self, n_threads: int) -> None:
+        llama.llama_set_n_threads(self.handle, n_threads, n_threads)
+
+    def _view(self, address: int, shape: tuple[int, ...]) -> np.ndarray:
+        view = self._views.get((address, shape))
+        if view is None:
+            count = int(np.prod(shape))
+            memory = (ctypes.c_float * count).from_address(address)
+            view = np.frombuffer(memory, dtype=np.float32).reshape(shape)
+            view.flags.writeable = False
+            self._views[(address, shape)] = view
+        return view
+
+    # cells
+
+    def seq_rm(self, seq: int, p0: int, p1: int) -> bool:
+        """Forgets positions [p0, p1) of a sequence in every cache (p1 -1: to the end). False if it cannot be partial."""
+        if seq != -1:
+            self._batch.check_seq(seq)
+        return bool(llama.llama_memory_seq_rm(self._memory_alive(), seq, p0, p1))
+
+    def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int = -1) -> None:
+        """Adds the cells of ``src`` in [p0, p1) to ``dst``. Between streams only whole sequences can be copied."""
+        self._batch.check_seq(src)
+        self._batch.check_seq(dst)
+        if not self.kv_unified and src != dst and (p0 > 0 or p1 >= 0):
+            raise EngineError("a part of a sequence can be copied only with kv_unified=True")
+        llama.llama_memory_seq_cp(self._memory_alive(), src, dst, p0, p1)
+
+    def clear(self) -> None:
+        """Forgets every token of every sequence; index rows stay."""
+        llama.llama_memory_clear(self._memory_alive(), False)
+
+    def _memory_alive(self):
+        self.handle
+        if not self._memory:
+            raise EngineError(f"{self.model.desc} keeps no memory between decodes")
+        return self._memory
+
+    def n_used(self) -> int:
+        """Cells in use, over all streams."""
+        return zoomr.kv_used(self.handle)
+
+    def resident(self, seq: int = 0) -> np.ndarray:
+        """int32, the positions of a sequence that are in cells, ascending."""
+        out = np.empty(self.n_cells, dtype=np.int32)
+        n = checked(zoomr.resident(self.handle, seq, out.ctypes.data, out.size))
+        return out[:n]
+
+    # pages
+
+    def page_tokens(self, seq: int, p0: int, p1: int) -> int:
+        """How many positions of [p0, p1) are resident."""
+        return checked(zoomr.page_tokens(self._pager, seq, p0, p1))
+
+    def page_bytes(self, seq: int, p0: int, p1: int) -> int:
+        """Size of the page that page_write would make now."""
+        return zoomr.page_bytes(self._pager, self.page_tokens(seq, p0, p1))
+
+    def page_write(self, seq: int, p0: int, p1: int, out: np.ndarray) -> int:
+        """Copies the resident tokens of [p0, p1) into ``out`` (uint8, contiguous); returns the bytes written."""
+        if out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise EngineError("a page is written into a contiguous, writeable uint8 array")
+        return checked(zoomr.page_write(self._pager, seq, p0, p1, out.ctypes.data, out.nbytes))
+
+    def page_free(self, seq: int, p0: int, p1: int) -> int:
+        """Frees the cells of [p0, p1) in the full-attention cache; returns the tokens that left it."""
+        return checked(zoomr.page_free(self._pager, seq, p0, p1))
+
+    def page_in(self, seq: int, page: np.ndarray) -> int:
+        """Puts a page's tokens back at their positions, into the lowest free cells; returns how many.
+
+        All or nothing. Raises EngineError for bytes that are not a page of this cache, a position that is
+        resident already, or too few free cells.
+        """
+        if page.dtype != np.uint8 or not page.flags.c_contiguous:
+            raise EngineError("a page is read from a contiguous uint8 array")
+        return checked(zoomr.page_in(self._pager, seq, page.ctypes.data, page.nbytes))
+
+    # index rows
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that the probe scores. Growing it past a multiple of 64 rebuilds the graph once (about 1 ms)."""
+        return self._n_rows
+
+    @n_rows.setter
+    def n_rows(self, n: int) -> None:
+        checked(zoomr.rows_set_n(self._pager, n))
+        self._n_rows = n
+
+    def index_mean(self, row: int, seq: int, p0: int, p1: int) -> int:
+        """Writes the mean of the resident keys in [p0, p1) to a row; returns how many keys that were."""
+        return checked(zoomr.rows_mean(self._pager, row, seq, p0, p1))
+
+    def index_key(self, row: int, seq: int, pos: int) -> None:
+        """Writes the key of one resident position to a row."""
+        checked(zoomr.rows_mean(self._pager, row, seq, pos, pos + 1))
+
+    def index_get(self, row: int) -> np.ndarray:
+        """Copy, float32 [n_paged_layers, n_head_kv, head_dim], in the cache's own rotation."""
+        out = np.empty((self.n_paged_layers, self.n_head_kv, self.head_dim), dtype=np.float32)
+        checked(zoomr.rows_get(self._pager, row, out.ctypes.data))
+        return out
+
+    def index_set(self, row: int, array: np.ndarray) -> None:
+        """Writes what index_get returned, possibly in another process."""
+        values = np.ascontiguousarray(array, dtype=np.float32)
+        if values.shape != (self.n_paged_layers, self.n_head_kv, self.head_dim):
+            raise EngineError(f"an index row has shape {(self.n_paged_layers, self.n_head_kv, self.head_dim)}, not {values.shape}")
+        checked(zoomr.rows_set(self._pager, row, values.ctypes.data))
+
+    def index_clear(self) -> None:
+        """Forgets all rows; n_rows becomes 0."""
+        zoomr.rows_clear(self._pager)
+        self._n_rows = 0
+
+    # what the last decode left
+
+    def scores(self) -> np.ndarray:
+        """View, float32 [n_paged_layers, n_seq_max, n_head, n_rows]: q . row, not yet times kq_scale.
+
+        Of the last token of every sequence in the last decode; a sequence that was not in it keeps its old
+        scores. A row that was never written scores 0.
+        """
+        address = zoomr.scores(self._pager)
+        return self._view(address, (self.n_paged_layers, self.n_seq_max, self.n_head, self.n_rows_max))[..., :self._n_rows]
+
+    def query(self) -> np.ndarray:
+        """View, float32 [n_paged_layers, n_seq_max, n_head, head_dim]; needs tap_query=True."""
+        address = zoomr.query(self._pager)
+        if not address:
+            raise EngineError("the context was made without tap_query")
+        return self._view(address, (self.n_paged_layers, self.n_seq_max, self.n_head, self.head_dim))
+
+    def set_key_probe(self, seq: int, positions) -> None:
+        """Test oracle: the next decodes score the resident keys at these positions; needs key_probe >= len(positions)."""
+        pos = np.ascontiguousarray(positions, dtype=np.int32)
+        checked(zoomr.set_key_probe(self._pager, seq, pos.ctypes.data, pos.size))
+
+    def key_scores(self) -> np.ndarray:
+        """View, float32 [n_paged_layers, n_seq_max, n_head, key_probe], in the order of set_key_probe."""
+        address = zoomr.key_scores(self._pager)
+        if not address:
+            raise EngineError(zoomr.last_error().decode() if self.n_keys_max else "the context was made without key_probe")
+        return self._view(address, (self.n_paged_layers, self.n_seq_max, self.n_head, self.n_keys_max))
+
+    def kq_scale(self, i: int) -> float:
+        """What the model multiplies q . k by before softmax, in paged layer ``i``."""
+        return zoomr.kq_scale(self._pager, i)
+
+    # life
+
+    def close(self) -> None:
+        """Frees everything; views become invalid. Safe to call twice."""
+        pager, self._zoomr = self._zoomr, None
+        ctx, self._ctx = self._ctx, None
+        self._views.clear()
+        if pager:
+            zoomr.free(pager)
+        if ctx:
+            llama.llama_free(ctx)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_ctx", None) and llama is not None:
+            self.close()

@@ -1,0 +1,63 @@
+"""llama.cpp's own samplers, chained as its tools chain them. Imported by this package only."""
+
+from __future__ import annotations
+
+from zoomr_local.errors import EngineError
+
+from .library import llama, zoomr
+
+
+class LlamaSampler:
+    """Penalties, top-k, top-p, min-p, temperature, then a seeded draw; greedy if ``temperature`` is 0.
+
+    A filter at its neutral value (top_k 0, top_p 1, min_p 0, repeat_penalty 1) is left out.
+    """
+
+    def __init__(self, model, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 repeat_penalty: float = 1.0, repeat_last_n: int = 64, seed: int = 0):
+        params = llama.llama_sampler_chain_default_params()
+        params.no_perf = True
+        self._chain = llama.llama_sampler_chain_init(params)
+        add = lambda sampler: llama.llama_sampler_chain_add(self._chain, sampler)  # noqa: E731
+        if repeat_penalty != 1.0 and repeat_last_n > 0:
+            add(llama.llama_sampler_init_penalties(model.n_vocab, repeat_last_n, repeat_penalty, 0.0, 0.0))
+        if temperature <= 0:
+            add(llama.llama_sampler_init_greedy())
+            return
+        if top_k > 0:
+            add(llama.llama_sampler_init_top_k(top_k))
+        if top_p < 1.0:
+            add(llama.llama_sampler_init_top_p(top_p, 1))
+        if min_p > 0.0:
+            add(llama.llama_sampler_init_min_p(min_p, 1))
+        add(llama.llama_sampler_init_temp(temperature))
+        add(llama.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+
+    def sample(self, context, i: int = -1) -> int:
+        """A token from the logits of the last decode (``i``: index in the batch, -1: the last output); accepts it."""
+        # llama.cpp aborts the process where there are no logits
+        if not zoomr.llama_get_logits_ith(context.handle, i):
+            raise EngineError(f"there are no logits {i} to sample from: decode with logits first")
+        return llama.llama_sampler_sample(self._alive(), context.handle, i)
+
+    def accept(self, token: int) -> None:
+        """Counts a token that was not sampled here (a prompt's, a forced one) for the penalties."""
+        llama.llama_sampler_accept(self._alive(), token)
+
+    def reset(self) -> None:
+        """Forgets accepted tokens and starts the seed again."""
+        llama.llama_sampler_reset(self._alive())
+
+    def _alive(self):
+        if not self._chain:
+            raise EngineError("the sampler is closed")
+        return self._chain
+
+    def close(self) -> None:
+        chain, self._chain = self._chain, None
+        if chain:
+            llama.llama_sampler_free(chain)
+
+    def __del__(self):
+        if getattr(self, "_chain", None) and llama is not None:
+            self.close()
