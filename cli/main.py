@@ -36,10 +36,9 @@ app.command("policies")(policies.policies)
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
-    from .versions import versions
+    from .versions import printed_versions
 
-    for name, version in versions().items():
-        print(f"{name:<9} {version}")
+    print(printed_versions())
     raise typer.Exit
 
 

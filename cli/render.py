@@ -58,6 +58,7 @@ class Quiet:
         self._first_done = tally.done
         self._began = time.monotonic()
         self._said: set[str] = set()
+        self._split: set[str] = set()
 
     def __enter__(self) -> Quiet:
         return self
@@ -117,9 +118,11 @@ class Quiet:
 
 class _Speaking(Quiet):
     def say_split(self, event: Split) -> None:
-        if event.what not in {s.partition(" ")[0] for s in self._said}:
-            self._say_once(
-                f"{event.what} longer than {event.limit_tokens} tokens: cut into pieces, each of them pageable; nothing is lost"
+        if event.what not in self._split:
+            self._split.add(event.what)
+            self.console.print(
+                f"a {event.what} was longer than its share and was cut into pieces of {event.piece_tokens} tokens or so,"
+                " each of them pageable; no text is lost"
             )
 
 

@@ -70,20 +70,23 @@ def solve(
     stop: options.Stop = None,
 ) -> int:
     """Solve a file of problems; start the same command again to go on after any interruption."""
-    from zoomr_local.engine import EngineConfig
-    from zoomr_local.sampling import SamplingParams
     from zoomr_local.solve import read_problems
 
-    config = EngineConfig(
-        policy=options.known_policy(policy), **options.budget(policy, kv_budget), kv_type=kv_type, flash_attn=flash_attn,
-        threads=threads, refresh=refresh, votes_per_head=votes_per_head, zoomed_blocks=zoomed_blocks, window=window,
-        vote_window=vote_window, vote_layers=options.layer_list(vote_layers), sinks=sinks, seed=seed,
-    )  # fmt: skip
-    sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()))
+    options.known_policy(policy)
     target = output or _default_output(file, policy)
     if as_json and target == STDIO:
         raise UsageError("--json and -o - both want stdout; give the records a file with -o, or leave out --json")
     problems = read_problems(_input_lines(file), "standard input" if file == STDIO else file)[:limit]
+
+    from zoomr_local.engine import EngineConfig  # loads the native library
+    from zoomr_local.sampling import SamplingParams
+
+    config = EngineConfig(
+        policy=policy, **options.budget(policy, kv_budget), kv_type=kv_type, flash_attn=flash_attn,
+        threads=threads, refresh=refresh, votes_per_head=votes_per_head, zoomed_blocks=zoomed_blocks, window=window,
+        vote_window=vote_window, vote_layers=options.layer_list(vote_layers), sinks=sinks, seed=seed,
+    )  # fmt: skip
+    sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()))
     job = Job(problems, config, sampling, max_tokens, options.model_path(model), n_gpu_layers, as_json, quiet, context.obj)
     if target == STDIO:
         return job.run(None)

@@ -58,8 +58,8 @@ def test_a_row_is_a_thought_and_time_runs_to_the_right():
     lines = draw(two_thoughts(), width=26 + 8 + 30).plain.splitlines()
     assert lines[0] == "  1 Worked out oak.       " + "██████░░░░░░░░░·····▲▲▲▲▲·····"
     assert lines[1] == "  2 Worked out a tree w.." + " " * 7 + "██████░░░░░░░░░░░░░░░░░░"
-    assert lines[2].startswith("            tokens so far ▁") and lines[2].endswith("█ 70")
-    assert lines[3].startswith("   tokens in the KV cache ▁") and lines[3].endswith("▃ 30")
+    assert lines[2].startswith("            tokens so far ▂") and lines[2].endswith("█ 70")
+    assert lines[3].startswith("   tokens in the KV cache ▂") and lines[3].endswith("▃ 30")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
@@ -163,12 +163,29 @@ def test_version_names_all_three(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["zoomr", "bindings", "engine"]
 
 
+def test_without_the_library_everything_that_does_not_decode_still_works(tmp_path):
+    env = {**os.environ, "ZOOMR_LIB_DIR": str(tmp_path)}
+    problems = tmp_path / "in.jsonl"
+    problems.write_text('{"id": "a", "prompt": "p"}\n')
+
+    def zoomr(*arguments):
+        return subprocess.run([sys.executable, "-m", "zoomr_cli", *arguments], capture_output=True, text=True, env=env, cwd=tmp_path)
+
+    assert zoomr("--help").returncode == 0
+    assert zoomr("policies").returncode == 0
+    assert "engine    not available" in zoomr("--version").stdout
+    done = zoomr("solve", "in.jsonl")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: zoomr-local's own build of llama.cpp is missing") and "Traceback" not in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl"]
+
+
 def test_help_is_light_and_needs_no_library():
     """Neither numpy, rich's tables, the engine nor the model package are loaded to print help."""
     code = (
         "import sys; from zoomr_cli.main import main\n"
         "code = main(['solve', '--help'])\n"
-        "heavy = [m for m in ('numpy', 'jinja2', 'llama_cpp', 'zoomr_local.libllama', 'zoomr_models') if m in sys.modules]\n"
+        "heavy = [m for m in ('numpy', 'jinja2', 'llama_cpp', 'zoomr_local.engine', 'zoomr_models') if m in sys.modules]\n"
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
