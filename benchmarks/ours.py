@@ -15,6 +15,7 @@ from zoomr_local import libllama
 from zoomr_local.block_index import BlockIndex
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.kv_cache import KVCache
+from zoomr_local.libllama import library
 from zoomr_local.model import Model
 
 DECODE = "llama_decode"
@@ -30,7 +31,14 @@ def describe(model: Model) -> str:
 
 def native_parts() -> list[tuple[Any, str, str]]:
     """The library's own functions that a step calls, by the part they are charged to."""
-    raise NotImplementedError
+    llama, zoomr = library.llama, library.zoomr
+    pages = ("page_tokens", "page_bytes", "page_write", "page_free", "page_in")
+    return [
+        (llama, "llama_decode", DECODE),
+        (llama, "llama_sampler_sample", "sampling, native"),
+        *((zoomr, name, "paging, native") for name in pages),
+        (zoomr, "rows_mean", "index rows of closed blocks, native"),
+    ]
 
 
 def python_parts() -> list[tuple[Any, str, str]]:
@@ -38,7 +46,7 @@ def python_parts() -> list[tuple[Any, str, str]]:
     return [
         (libllama.LlamaSampler, "sample", "sampling, Python"),
         (BlockIndex, "vote", "votes"),
-        (BlockIndex, "add", "index rows of closed blocks"),
+        (BlockIndex, "add", "index rows of closed blocks, Python"),
         (Busiest, "select", "selection"),
         (KVCache, "_page_out", "paging, Python"),
         (KVCache, "_page_in", "paging, Python"),
@@ -61,16 +69,15 @@ class Ours:
         for depth in o["depths"]:
             engine = Engine(self.model, config)
             self.deep[depth] = DeepGeneration(engine, depth, o["block"], o["rows"], o["reply"])
-        deepest = self.deep[max(o["depths"])].running
-        return {
-            "model": describe(self.model), "flash": o["flash"], "rows": deepest.index.n_rows,
-            "settings": {k: v for k, v in deepest.policy.settings.__dict__.items()},
-            "pages": f"{o['zoomed']} blocks paged in, and as many tokens out, every {o['refresh']} tokens",
-        }
+        return {"model": describe(self.model), "flash": o["flash"], "settings": engine.resolved()}
 
     def turn(self, depth: int, tokens: int) -> list[float]:
         """Seconds of each of the next ``tokens`` steps."""
         return self.deep[depth].turn(tokens)
+
+    def tally(self) -> dict[str, dict[str, Any]]:
+        """What each depth's turns did."""
+        return {str(depth): deep.tally() for depth, deep in self.deep.items()}
 
     def probe(self, depth: int, tokens: int, rounds: int) -> dict[str, Any]:
         """Milliseconds of a decode with and without the probe, by turns, always over the same cells."""
@@ -107,7 +114,7 @@ class Ours:
 def main() -> None:
     """Options (JSON): model, threads, flash, depths, budget, rows, block, zoomed, refresh, reply."""
     ours = Ours(json.loads(sys.argv[1]))
-    serve({"prepare": ours.prepare, "turn": ours.turn, "probe": ours.probe, "share": ours.share})
+    serve({name: getattr(ours, name) for name in ("prepare", "turn", "tally", "probe", "share")})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from zoomr_local.sampling import SamplingParams
 SUMMARY_TOKENS = 14  # of a block, both markers included
 PIECE_TOKENS = 128  # of a planted block without a summary, such as a piece of a long prompt
 PIECE_ROWS = 4  # index rows such a block takes
+HEADER_BYTES = 64  # of a page; positions follow, 4 bytes a token
 
 
 class Busiest(Zoomr):
@@ -86,28 +87,38 @@ class DeepGeneration:
         finally:
             generation.LlamaSampler = plain
         self.running = engine._running
-        self.pages_in = 0
+        self.counted = {"tokens": 0, "refreshes": 0, "blocks_in": 0, "tokens_in": 0}
         self._pages: dict[int, np.ndarray] = {}
         self._plant(rows)
         script.written = min(self.running.timeline.open_tokens, block_tokens - SUMMARY_TOKENS - 2)
 
     def turn(self, tokens: int) -> list[float]:
         """Seconds of each of the next ``tokens`` steps, from one sampled token to the next."""
+        count, refreshes = self.counted, self.running.refreshes
         marks = [time.perf_counter()]
         for event in self.events:
             if isinstance(event, TokenDecoded):
                 marks.append(time.perf_counter())
                 if len(marks) > tokens:
+                    count["tokens"] += tokens
+                    count["refreshes"] += self.running.refreshes - refreshes
                     return list(np.diff(marks))
-            elif isinstance(event, PagedIn):
-                self.pages_in += len(event.blocks) if event.tokens else 0
+            elif isinstance(event, PagedIn) and event.part == "detail":
+                count["blocks_in"] += len(event.blocks)
+                count["tokens_in"] += event.tokens
         raise RuntimeError("the reply ended within a turn; raise its length")
+
+    def tally(self) -> dict[str, Any]:
+        """What the turns so far did, and how full the cells and the index are now."""
+        run = self.running
+        return {**self.counted, "resident_tokens": run.cache.resident_tokens, "peak_tokens": run.cache.peak_tokens,
+                "blocks": len(run.timeline.blocks), "rows": run.index.n_rows, "logical_tokens": len(run.timeline)}
 
     def decode_only(self, tokens: int, rows: int) -> list[float]:
         """Seconds of each of ``tokens`` bare decodes with ``rows`` index rows scored; the cells are as before afterwards."""
         run = self.running
         context, sequence, start = run.context, run.cache.sequence, len(run.timeline)
-        drain(run._make_room(tokens))
+        drain(run._make_room(tokens, tokens))
         before, context.n_rows = context.n_rows, rows
         seconds = []
         for position in range(start, start + tokens):
@@ -137,7 +148,7 @@ class DeepGeneration:
     def _fill(self, tokens: int, summary: bool) -> int:
         """Put ``tokens`` copied tokens at the end of the timeline and into cells; their first position."""
         run, markers = self.running, self.engine.model.markers
-        drain(run._make_room(tokens))
+        drain(run._make_room(tokens, tokens))
         if tokens not in self._pages:
             self._pages[tokens] = self._real_page(tokens)
         start = len(run.timeline)
@@ -175,22 +186,12 @@ def drain(events: Iterator[Any]) -> None:
         pass
 
 
-def positions_of(page: np.ndarray) -> tuple[int, np.ndarray]:
-    """Where in a page its positions stand (byte offset), and those positions: the first ascending run of int32."""
-    words = page[:1 << 16].view("<i4")
-    steps = np.diff(words) == 1
-    for at in np.flatnonzero(steps):
-        stop = at
-        while stop < len(steps) and steps[stop]:
-            stop += 1
-        if stop - at >= 8:
-            return 4 * int(at), words[at:stop + 1]
-    raise ValueError("the page's positions were not found")
-
-
 def moved(page: np.ndarray, start: int) -> np.ndarray:
-    """A copy of ``page`` whose positions begin at ``start``."""
-    at, positions = positions_of(page)
+    """A copy of ``page`` (of consecutive tokens) whose positions begin at ``start``; its format: native/zoomr-page.cpp."""
+    count = int(page[24:28].view("<u4")[0])
     out = page.copy()
-    out[at:at + positions.nbytes].view("<i4")[:] = start + np.arange(len(positions))
+    positions = out[HEADER_BYTES:HEADER_BYTES + 4 * count].view("<i4")
+    if not (np.diff(positions) == 1).all():
+        raise ValueError("the page's positions are not where the page format puts them")
+    positions[:] = start + np.arange(count)
     return out

@@ -114,10 +114,20 @@ def conditions(result: dict[str, Any]) -> str:
         f"{result['date']}, commit {result['commit']}, `{result['command']}`. Machine: {m['cpu']}, {m['cores']} cores, "
         f"{m['memory_gb']:.0f} GB, {m['system']}, Python {m['python']}; {state}. {result['threads']} threads. "
         f"Model: random weights, {result['model']}. {s['rounds']} rounds of {s['turn_tokens']} tokens a configuration "
-        f"in turn, the first {s['warm_tokens']} tokens of a turn not counted; f16 KV. zoomr: budget "
-        f"{s['budget_tokens']} tokens, {s['index_rows']} index rows, blocks of {s['block_tokens']} tokens, "
-        f"{s['pages']}."
+        f"in turn, the first {s['warm_tokens']} tokens of a turn not counted; f16 KV. zoomr: FA "
+        f"{'on' if s['zoomr_fa'] else 'off'}, budget {s['budget_tokens']} tokens, {s['index_rows']} index rows, blocks of "
+        f"{s['block_tokens']} tokens, a refresh every {s['refresh_tokens']} tokens that zooms {s['zoomed_blocks']} blocks. "
+        f"Counted during the turns, per refresh: {traffic(result)}."
     )
+
+
+def traffic(result: dict[str, Any]) -> str:
+    """Blocks and tokens that a refresh paged in at each depth, and the cells in use at the end."""
+    def one(depth: str, t: dict[str, Any]) -> str:
+        n = max(1, t["refreshes"])
+        return (f"at {depth_name(int(depth))} {t['blocks_in'] / n:.1f} blocks ({t['tokens_in'] / n:.0f} tokens) paged in, "
+                f"{t['resident_tokens']} cells in use (at most {t['peak_tokens']})")
+    return "; ".join(one(depth, t) for depth, t in result["tally"].items())
 
 
 def render(result: dict[str, Any]) -> str:

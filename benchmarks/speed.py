@@ -173,6 +173,7 @@ def measure(args: argparse.Namespace, model: Path, argv: list[str]) -> dict[str,
     try:
         said = bench.start()
         host["others_cores"] = bench.run()
+        tally = bench.workers["zoomr"].ask("tally")
         probe = bench.workers["zoomr"].ask("probe", depth=max(args.depths), tokens=args.turn, rounds=args.rounds)
         share = bench.workers["zoomr"].ask("share", depth=max(args.depths), tokens=args.share_tokens)
     finally:
@@ -185,9 +186,9 @@ def measure(args: argparse.Namespace, model: Path, argv: list[str]) -> dict[str,
         "benchmark": "speed", "date": datetime.date.today().isoformat(), "commit": commit(), "command": command(argv),
         "machine": host, "threads": args.threads, "model": ours["model"], "workers": said,
         "settings": {"rounds": args.rounds, "turn_tokens": args.turn, "warm_tokens": args.warm,
-                     "budget_tokens": args.budget, "block_tokens": args.block, "index_rows": ours["rows"],
-                     "pages": ours["pages"]},
-        "ms_per_token": ms, "claims": [*report.claims(ms, args.depths), *report.own_claims(probe, share)],
+                     "budget_tokens": args.budget, "block_tokens": args.block, "index_rows": args.rows,
+                     "zoomed_blocks": args.zoomed, "refresh_tokens": args.refresh, "zoomr_fa": ours["flash"]},
+        "tally": tally, "ms_per_token": ms, "claims": [*report.claims(ms, args.depths), *report.own_claims(probe, share)],
         "probe": probe, "python_share": share,
     }
 
