@@ -62,7 +62,7 @@ class BookContext:
     n_heads = 3
 
     def __init__(self, n_cells: int, index_rows: int = 64) -> None:
-        self.n_cells, self.index_rows = n_cells, index_rows
+        self.n_cells, self.n_rows_max = n_cells, index_rows
         self.cells: set[int] = set()
         self.n_rows = 0
         self.next_position = 0

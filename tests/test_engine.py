@@ -12,7 +12,7 @@ from zoomr_local.sampling import SamplingParams
 from zoomr_models import bundled_model_path
 from zoomr_models.tasks import FAMILIES, generate
 
-THREADS = 2
+THREADS = 1
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,9 @@ def test_cells_in_use_are_what_the_books_say_and_never_above_the_budget(model, p
             assert used == event.resident_tokens
 
     events = play(model, prompt * 3, policy=policy, kv_budget=192, flash_attn=flash_attn, kv_type=kv_type,
-                  max_tokens=300, watch=watch)
-    assert max(seen) > 150 and events[-1].cache.resident_peak_tokens == max(seen)
+                  max_tokens=200, watch=watch)
+    # events come between decodes, so the books may have seen one token more than the test did
+    assert 150 < max(seen) <= events[-1].cache.resident_peak_tokens <= 192
 
 
 def test_a_prompt_of_twenty_times_the_budget_is_read_and_said(model, prompt):

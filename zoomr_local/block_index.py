@@ -25,12 +25,12 @@ class BlockIndex:
 
     def __init__(self, context: LlamaContext, settings: Settings, sequence: int = 0) -> None:
         self.context, self.settings, self.sequence = context, settings, sequence
-        self.capacity_rows = context.index_rows
+        self.capacity_rows = context.n_rows_max
         self.unindexed_blocks = 0
         context.index_clear()
         context.n_rows = 0
         self._layers = [i for i, layer in enumerate(context.layer_ids) if layer in settings.vote_layers]
-        self._row_block = np.zeros(context.index_rows, np.int32)
+        self._row_block = np.zeros(context.n_rows_max, np.int32)
         self._ring = np.zeros((max(1, settings.vote_window_tokens), 64), np.float32)
         self._lifetime = np.zeros(64)
         self._turn = 0
