@@ -1,0 +1,97 @@
+"""The pin, the patch and the script that applies it. Needs no library."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "native"))
+import engine  # noqa: E402
+
+LINE_BUDGET = 20
+CHANGED = {"src/llama-context.h", "src/llama-cparams.h", "src/llama-graph.cpp", "src/llama-graph.h", "src/llama-kv-cache.h"}
+
+
+def hunks():
+    return [(name, old, new) for name, found in engine.parse_patch(engine.PATCH_FILE.read_text()).items()
+            for _, old, new in found]
+
+
+def test_the_patch_inserts_call_sites_within_its_budget():
+    lines = engine.PATCH_FILE.read_text().splitlines()
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    removed = [line for line in lines if line.startswith("-") and not line.startswith("---")]
+    assert removed == [] and 0 < len(added) <= LINE_BUDGET
+    assert {name for name, _, _ in hunks()} == CHANGED
+    readme = (ROOT / "native" / "README.md").read_text()
+    assert f"{len(added)} upstream lines" in readme, "native/README.md states the number"
+    for name in CHANGED:
+        assert name in readme, f"native/README.md gives the reason of the hunk in {name}"
+
+
+def test_one_pin_for_source_bindings_and_documents():
+    version, digest = engine.pin()
+    assert re.fullmatch(r"[0-9a-f]{64}", digest)
+    assert f'"llama-cpp-python=={version}"' in (ROOT / "pyproject.toml").read_text()
+    for path in ("native/zoomr.cmake", "native/engine.py", "native/build.py", "CMakeLists.txt"):
+        assert version not in (ROOT / path).read_text(), f"{path} repeats the pin"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A source tree that has just the places the patch looks for, moved by some lines as in another version."""
+    for name in CHANGED:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("// moved\n" * 5 + "\n// other code\n".join(
+            "\n".join(old) for hunk_name, old, _ in hunks() if hunk_name == name) + "\n")
+    (tmp_path / "ggml").mkdir()
+    return tmp_path
+
+
+def test_the_patch_applies_once(tree):
+    assert engine.apply_patch(tree) == len(hunks())
+    patched = {name: (tree / name).read_text() for name in CHANGED}
+    assert engine.is_patched(tree)
+    assert engine.apply_patch(tree) == 0, "a second time changes nothing"
+    assert patched == {name: (tree / name).read_text() for name in CHANGED}
+    for name, _, new in hunks():
+        assert "\n".join(new) in patched[name]
+
+
+@pytest.mark.skipif(shutil.which("patch") is None, reason="compares with patch(1), which this machine lacks")
+def test_the_patch_is_one_that_patch_understands(tree, tmp_path):
+    done = subprocess.run(["patch", "-p1", "--dry-run", "-i", str(engine.PATCH_FILE)], cwd=tree, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_patch_that_does_not_fit_names_version_and_next_command(tree):
+    path = tree / "src" / "llama-graph.h"
+    path.write_text(path.read_text().replace("causal_attn", "causal"))
+    before = {name: (tree / name).read_text() for name in CHANGED}
+    with pytest.raises(engine.EngineSourceError) as error:
+        engine.apply_patch(tree)
+    message = str(error.value)
+    assert "src/llama-graph.h:" in message and engine.pin()[0] in message
+    assert "ZOOMR_LLAMA_CPP_DIR" in message and "native/README.md" in message
+    assert before == {name: (tree / name).read_text() for name in CHANGED}, "all or nothing"
+
+
+def test_a_local_source_is_copied_and_a_patched_one_left_alone(tree, tmp_path):
+    work = tmp_path / "work"
+    made = engine.prepare(work, local=tree)
+    assert made == work / "source" and engine.is_patched(made) and not engine.is_patched(tree)
+    assert engine.prepare(work, local=made) == made
+    pristine = engine.prepare(work, local=tree, pristine=True)
+    assert not engine.is_patched(pristine)
+    with pytest.raises(engine.EngineSourceError, match="needs an unpatched source"):
+        engine.prepare(work, local=made, pristine=True)
+
+
+def test_a_folder_without_a_source_is_said_to_be_one(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "native" / "engine.py"), "prepare", "--work", str(tmp_path / "work"),
+                           "--local", str(tmp_path)], text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "is no llama.cpp source directory" in done.stderr and "Traceback" not in done.stderr
