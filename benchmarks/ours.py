@@ -83,7 +83,7 @@ class Ours:
         """Milliseconds of a decode with and without the probe, by turns, always over the same cells."""
         on, off = [], []
         deep = self.deep[depth]
-        rows = deep.running.index.n_rows
+        rows = self.options["rows"]
         for number in range(2 * (rounds + 1)):
             probing = number % 4 in (0, 3)
             seconds = deep.decode_only(tokens + 2, rows if probing else 0)[2:]

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from zoomr_local import generation
+from zoomr_local import generation, libllama
 from zoomr_local.engine import Engine
 from zoomr_local.events import PagedIn, TokenDecoded
 from zoomr_local.policies import BlockView, Selection
@@ -24,8 +24,6 @@ from zoomr_local.policies.zoomr import Zoomr
 from zoomr_local.sampling import SamplingParams
 
 SUMMARY_TOKENS = 14  # of a block, both markers included
-PIECE_TOKENS = 128  # of a planted block without a summary, such as a piece of a long prompt
-PIECE_ROWS = 4  # index rows such a block takes
 HEADER_BYTES = 64  # of a page; positions follow, 4 bytes a token
 
 
@@ -62,20 +60,12 @@ def scripted(script: Script) -> type:
     return Scripted
 
 
-def plan(depth: int, start: int, block_tokens: int, rows: int) -> tuple[int, int]:
-    """How many pieces and how many blocks fill ``depth`` - ``start`` tokens with about ``rows`` index rows."""
-    room = depth - start - 1
-    pieces = (block_tokens * rows - room) // (block_tokens * PIECE_ROWS - PIECE_TOKENS)
-    pieces = max(0, min(pieces, room // PIECE_TOKENS - 2))
-    return pieces, (room - pieces * PIECE_TOKENS) // block_tokens
-
-
 class DeepGeneration:
     """One engine, its generation at ``depth`` logical tokens, pulled a turn at a time."""
 
     def __init__(self, engine: Engine, depth: int, block_tokens: int, rows: int, reply_tokens: int) -> None:
-        """``reply_tokens`` bounds what all turns together may decode."""
-        self.engine, self.depth, self.block_tokens = engine, depth, block_tokens
+        """The probe scores at least ``rows`` index rows; ``reply_tokens`` bounds what all turns together may decode."""
+        self.engine, self.depth, self.block_tokens, self.rows = engine, depth, block_tokens, rows
         engine.policy = Busiest(engine.policy.settings)
         script = Script(engine.model.markers, block_tokens)
         plain, generation.LlamaSampler = generation.LlamaSampler, scripted(script)
@@ -89,12 +79,13 @@ class DeepGeneration:
         self.running = engine._running
         self.counted = {"tokens": 0, "refreshes": 0, "blocks_in": 0, "tokens_in": 0}
         self._pages: dict[int, np.ndarray] = {}
-        self._plant(rows)
+        self._plant()
         script.written = min(self.running.timeline.open_tokens, block_tokens - SUMMARY_TOKENS - 2)
 
     def turn(self, tokens: int) -> list[float]:
         """Seconds of each of the next ``tokens`` steps, from one sampled token to the next."""
         count, refreshes = self.counted, self.running.refreshes
+        self._widen()
         marks = [time.perf_counter()]
         for event in self.events:
             if isinstance(event, TokenDecoded):
@@ -115,7 +106,7 @@ class DeepGeneration:
                 "blocks": len(run.timeline.blocks), "rows": run.index.n_rows, "logical_tokens": len(run.timeline)}
 
     def decode_only(self, tokens: int, rows: int) -> list[float]:
-        """Seconds of each of ``tokens`` bare decodes with ``rows`` index rows scored; the cells are as before afterwards."""
+        """Seconds of each of ``tokens`` bare decodes, ``rows`` index rows scored; the cells are as before afterwards."""
         run = self.running
         context, sequence, start = run.context, run.cache.sequence, len(run.timeline)
         drain(run._make_room(tokens, tokens))
@@ -129,21 +120,19 @@ class DeepGeneration:
         context.n_rows = before
         return seconds
 
-    def _plant(self, rows: int) -> None:
-        run = self.running
-        pieces, blocks = plan(self.depth, len(run.timeline), self.block_tokens, rows)
-        for number in range(pieces + blocks):
-            size = PIECE_TOKENS if number < pieces else self.block_tokens
-            first = self._fill(size, number >= pieces)
-            if number < pieces:
-                drain(run._close("prompt", (first, first + size)))
-            else:
-                cut = first + size - SUMMARY_TOKENS
-                drain(run._close("thought", (first, cut), (cut, first + size)))
-        if blocks:
-            self._more_rows(rows)
-        if len(run.timeline) < self.depth:
-            self._fill(self.depth - len(run.timeline), False)
+    def _plant(self) -> None:
+        run, size = self.running, self.block_tokens
+        while len(run.timeline) + size < self.depth:
+            start = self._fill(size, True)
+            cut = start + size - SUMMARY_TOKENS
+            drain(run._close("thought", (start, cut), (cut, start + size)))
+        self._fill(self.depth - len(run.timeline), False)
+
+    def _widen(self) -> None:
+        """Let the probe score ``rows`` rows where the text has fewer of its own; the votes see only those."""
+        context = self.running.context
+        if context.n_rows < self.rows:
+            libllama.library.zoomr.rows_set_n(context._pager, self.rows)
 
     def _fill(self, tokens: int, summary: bool) -> int:
         """Put ``tokens`` copied tokens at the end of the timeline and into cells; their first position."""
@@ -170,14 +159,6 @@ class DeepGeneration:
         context.page_write(sequence, start, start + tokens, page)
         run.cache._count(-context.page_free(sequence, start, start + tokens))
         return page
-
-    def _more_rows(self, rows: int) -> None:
-        """Where the text is too short for ``rows`` index rows, repeat the newest block's row up to that many."""
-        index, block = self.running.index, self.running.timeline.blocks[-1]
-        for row in range(index.n_rows, min(rows, index.capacity_rows)):
-            index.context.index_mean(row, index.sequence, *self.running._index_text(block))
-            index._row_block[row] = block.number
-            index.context.n_rows = row + 1
 
 
 def drain(events: Iterator[Any]) -> None:

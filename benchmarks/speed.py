@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed --stock DIR --json
 
-DIR holds a libllama.so built from the same pinned source without the patch (native/README.md says how). A
-configuration is a process of its own; one computes at a time, for a turn of some tokens, in a rotated order, for
+DIR holds a libllama.so built from the same pinned source without the patch (`python native/build.py --stock`; found by
+itself in build/*/stock or $ZOOMR_STOCK_LIB). A configuration is a process of its own; one computes at a time, for a turn of some tokens, in a rotated order, for
 some rounds. A turn's figure is its mean, pagings and all; a configuration's figure is the median of its turns, and
 a ratio is the median of the ratios within a round. zoomr runs through the real engine: probe, votes, paging,
 sampling and Python are all in its time. Stock's time is `llama_decode` and an argmax, no more.
@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ class Bench:
             worker.close()
 
 
+def find_stock() -> Path | None:
+    """The folder of the stock library that $ZOOMR_STOCK_LIB names, or one that native/build.py made; the newest."""
+    if os.environ.get("ZOOMR_STOCK_LIB"):
+        return Path(os.environ["ZOOMR_STOCK_LIB"])
+    found = [f for f in ROOT.glob("build/*/stock/*llama.*") if f.suffix in (".so", ".dylib", ".dll")]
+    return max(found, key=lambda f: f.stat().st_mtime).parent if found else None
+
+
+def wait_for_idle(minutes: float) -> None:
+    """Sleep until the machine's load average is below `BUSY_LOAD`, at most so long."""
+    until = time.monotonic() + 60 * minutes
+    while os.getloadavg()[0] > BUSY_LOAD and time.monotonic() < until:
+        tell(f"load average {os.getloadavg()[0]:.2f}, waiting for {BUSY_LOAD}")
+        time.sleep(min(15.0, max(0.0, until - time.monotonic())))
+
+
 def tell(text: str) -> None:
     """Progress on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -138,27 +155,28 @@ def options(argv: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     p.add_argument("--shape", choices=make_model.SHAPES, default="1.5b", help="a random-weight model of this shape")
     p.add_argument("--model", type=Path, help="a GGUF file instead")
-    p.add_argument("--stock", type=Path, help="directory of the unpatched library of the same source")
+    p.add_argument("--stock", type=Path, default=find_stock(), help="folder of the unpatched library of the same source")
     p.add_argument("--released", help="a Python interpreter whose own llama-cpp-python is measured too")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--depths", type=int, nargs="+", default=[1024, 8192, 32768], help="logical tokens")
     p.add_argument("--deeper", type=int, nargs="*", default=[], help="depths for zoomr only, such as 131072")
-    p.add_argument("--rounds", type=int, default=12)
+    p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--turn", type=int, default=16, help="counted tokens of a turn; a multiple of --refresh")
     p.add_argument("--warm", type=int, default=2, help="tokens at a turn's start that are not counted")
     p.add_argument("--budget", type=int, default=1024, help="tokens in cells, zoomr")
-    p.add_argument("--rows", type=int, default=200, help="index rows of the probe")
+    p.add_argument("--rows", type=int, default=200, help="index rows that the probe scores, at least")
     p.add_argument("--block", type=int, default=200, help="tokens of a block")
     p.add_argument("--zoomed", type=int, default=2, help="blocks paged in, and out, at a refresh")
     p.add_argument("--refresh", type=int, default=8, help="tokens between refreshes")
-    p.add_argument("--share-tokens", type=int, default=64, help="tokens over which Python's share is measured")
+    p.add_argument("--share-tokens", type=int, default=160, help="tokens over which Python's share is measured")
+    p.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="wait so long for an idle machine at most")
     p.add_argument("--zoomr-fa-off", action="store_true", help="run zoomr without flash attention")
     p.add_argument("--json", nargs="?", type=Path, const=Path("."), help="write the result here (default: benchmarks/results/)")
     p.add_argument("--write-docs", type=Path, nargs="+", metavar="JSON", help="no run: put these results into docs/benchmarks.md")
     p.add_argument("--verbose", action="store_true", help="show the workers' stderr")
     args = p.parse_args(argv)
     if not args.write_docs and not args.stock:
-        p.error("--stock DIR is needed: native/README.md says how to build it")
+        p.error("--stock DIR is needed: build it with python native/build.py --stock")
     if args.turn % args.refresh:
         p.error(f"--turn {args.turn} is not a multiple of --refresh {args.refresh}: turns would differ in pagings")
     return args
@@ -166,6 +184,7 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, model: Path, argv: list[str]) -> dict[str, Any]:
     """One whole run; the result that is written as JSON."""
+    wait_for_idle(args.wait)
     host = machine()
     if host["busy"]:
         tell(f"The machine is busy ({host['busy']}); the figures will say so.")
