@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.text import Text
 
-from zoomr_local.events import BlockClosed, Event, PagedIn, PagedOut, TokenDecoded
+from zoomr_local.events import BlockClosed, Event, PagedIn, PagedOut, Refreshed, TokenDecoded
 
 AWAY, KEPT, WRITTEN, ZOOMED = range(4)  # in ascending order of what wins when a column covers several
 _LABEL_COLUMNS = 26
@@ -30,7 +30,7 @@ class Glyphs:
 UNICODE = Glyphs(("·", "░", "█", "▲"), "▁▂▃▄▅▆▇█")
 ASCII = Glyphs((".", "-", "#", "^"), "_.-=oO#@")
 _STYLES = ("dim", "dim cyan", "bold", "bold yellow")
-_MEANINGS = ("paged out, its summary stays", "still in the cache", "being written", "zoomed back in")
+_MEANINGS = ("paged out", "in the cache", "being written", "zoomed: the heads vote for it")
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Trace:
 
     blocks: list[BlockClosed] = field(default_factory=list)
     moves: list[tuple[int, tuple[int, ...], bool]] = field(default_factory=list)
+    choices: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     resident: list[tuple[int, int]] = field(default_factory=list)
 
     def feed(self, event: Event) -> None:
@@ -47,12 +48,14 @@ class Trace:
             self.resident.append((event.position, event.resident_tokens))
         elif isinstance(event, BlockClosed):
             self.blocks.append(event)
+        elif isinstance(event, Refreshed):
+            self.choices.append((event.position, event.zoomed))
         elif isinstance(event, PagedOut | PagedIn) and event.part == "detail":
             self.moves.append((event.position, event.blocks, isinstance(event, PagedIn)))
 
     @property
     def zooms(self) -> int:
-        """How many times a thought came back."""
+        """How many times a thought came back into the cache."""
         return sum(len(blocks) for _, blocks, came_in in self.moves if came_in)
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,21 +63,24 @@ class Trace:
         return {
             "blocks": [b.as_dict() for b in self.blocks],
             "moves": [{"position": p, "blocks": list(b), "to": "cache" if i else "tier"} for p, b, i in self.moves],
+            "choices": [{"position": p, "zoomed": list(b)} for p, b in self.choices],
             "resident": [list(pair) for pair in self.resident],
         }
 
     def spans(self, block: BlockClosed) -> list[tuple[int, int, int]]:
-        """(first position, end position, state) of ``block`` from its first token to the end, in order."""
-        start, end = block.detail[0], self.end
+        """(first position, end position, state) of ``block`` from its first token to the end, in order.
+
+        A block is shown as zoomed while it is chosen by votes and in the cache, also if it had not left yet.
+        """
         closed = block.summary[1] if block.summary else block.detail[1]
-        spans = [(start, closed, WRITTEN)]
-        since, state = closed, KEPT
-        for position, blocks, came_in in self.moves:
-            if block.block in blocks:
-                spans.append((since, position, state))
-                since, state = position, ZOOMED if came_in else AWAY
-        spans.append((since, end, state))
-        return [span for span in spans if span[0] < span[1]]
+        changes = [(p, 0, came_in) for p, blocks, came_in in self.moves if block.block in blocks]
+        changes += [(p, 1, block.block in zoomed) for p, zoomed in self.choices]
+        spans, since, inside, chosen = [(block.detail[0], closed, WRITTEN)], closed, True, False
+        for position, is_choice, value in sorted(changes) + [(self.end, 0, False)]:
+            spans.append((since, position, (ZOOMED if chosen else KEPT) if inside else AWAY))
+            since = max(since, position)
+            inside, chosen = (inside, value) if is_choice else (value, chosen)
+        return _joined([span for span in spans if span[0] < span[1]])
 
     @property
     def begin(self) -> int:
@@ -119,6 +125,17 @@ def legend(width: int, glyphs: Glyphs = UNICODE) -> Text:
         text.append(entry[1:])
         used += len(entry)
     return text
+
+
+def _joined(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """``spans`` with neighbours of one state made one."""
+    joined = spans[:1]
+    for first, end, state in spans[1:]:
+        if joined[-1][2] == state:
+            joined[-1] = (joined[-1][0], end, state)
+        else:
+            joined.append((first, end, state))
+    return joined
 
 
 def _edges(trace: Trace, columns: int) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DEMO_BUDGET = 384  # tokens: far less than the bundled problems take, enough for a prompt and three thoughts
 _MAX_TOKENS = 2048  # twice what the longest bundled problem takes; a model that loops is cut off here
 _MOST_COLUMNS = 100
+_MOST_CHARS = 400  # of a question or a reply: about five lines
 
 
 def demo(
@@ -52,7 +53,7 @@ def demo(
         print(f"{len(problems)} problems, {path.name}, policies {', '.join(names)}", file=sys.stderr)
     runs = []
     for name in names:
-        config = EngineConfig(policy=name, threads=threads, **({} if name == "full" else {"kv_budget": tokens}))
+        config = EngineConfig(policy=name, threads=options.thread_count(threads, path), **({} if name == "full" else {"kv_budget": tokens}))
         runs.append(_run(name, config, problems, path, n_gpu_layers, quiet))
     if as_json:
         print(json.dumps(_as_dict(path.name, runs)))
@@ -82,7 +83,7 @@ def _run(name: str, config: Any, problems: list[Problem], path: Any, n_gpu_layer
     run = Run(name, None if name == "full" else config.kv_budget, Tally())
     with open_engine(path, config, n_gpu_layers) as (loaded, engine):
         solver = Solver(loaded, engine, SamplingParams(), _MAX_TOKENS, debug=True)
-        with make_progress(len(problems), run.tally, run.budget_tokens, quiet) as progress, _traced(progress, run.traces):
+        with make_progress(len(problems), run.tally, run.budget_tokens, quiet, name) as progress, _traced(progress, run.traces):
             solve_all(problems, solver, run.records.append, progress)
     return run
 
@@ -131,14 +132,14 @@ def _table(runs: list[Run]) -> Any:
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         s = run.tally.summary()
-        zooms = f"{s['page_ins']:,}" if run.policy not in ("full",) else "-"
+        zooms = sum(trace.zooms for trace in run.traces.values())
         table.add_row(
             run.policy,
             f"{run.tally.right} of {run.tally.graded}",
             f"{s['resident_peak']:,} cells",
             human_bytes(s["resident_peak_bytes"]),
             f"{s['tokens_per_s'] or 0:,.0f}",
-            zooms,
+            f"{zooms:,}" if zooms else "-",
         )
     return table
 
@@ -154,16 +155,21 @@ def _show_problem(console: Console, run: Run, problems: list[Problem]) -> None:
     width = min(console.width, _MOST_COLUMNS)
     glyphs = UNICODE if (console.encoding or "").lower().startswith("utf") else ASCII
     console.print(f"One of them under {run.policy}, {record['id']}:", style="bold")
-    console.print(problem.messages[-1]["content"], style="dim", width=width)
+    console.print(_short(problem.messages[-1]["content"]), style="dim", width=width)
     verdict = "right" if record.get("correct") else f"wrong, it is {problem.answer}"
     console.print(
-        f"-> {record['content'].strip()} ({verdict}; {record['kv']['blocks']} thoughts,"
+        f"-> {_short(record['content'])} ({verdict}; {record['kv']['blocks']} thoughts,"
         f" {record['usage']['reasoning_tokens']:,} tokens of them, {trace.zooms} zooms)\n",
         width=width,
     )
     console.print(f"{'thought (its summary)':>25} time ->", style="dim")
     console.print(draw(trace, width, glyphs), end="")
     console.print(legend(width, glyphs))
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= _MOST_CHARS else words[: _MOST_CHARS - 3] + "..."
 
 
 def _as_dict(model: str, runs: list[Run]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import typer
 from zoomr_local.errors import ZoomrError
 
 from . import demo, policies, problems, solve
+from .eval import evaluation
 
 INTERRUPTED = 130
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("solve")(solve.solve)
 app.command("demo")(demo.demo)
+app.command("eval")(evaluation)
 app.command("problems")(problems.problems)
 app.command("policies")(policies.policies)
 

@@ -14,6 +14,7 @@ import typer
 
 from zoomr_local.errors import UsageError
 
+_SMALL_MODEL_BYTES = 32 << 20
 _MODEL, _CACHE, _SELECT, _SAMPLE = "Model", "KV cache", "What is zoomed", "Sampling"
 
 
@@ -33,7 +34,8 @@ Model = Annotated[
 ]
 GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one.")]
 Threads = Annotated[
-    int | None, _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: as many as cores.", show_default=False)
+    int | None,
+    _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: one a core; 1 for models below 32 MiB.", show_default=False),
 ]
 
 Policy = Annotated[
@@ -115,6 +117,14 @@ def known_policy(name: str) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise UsageError(f"--policy {name}: no such policy{hint}; there are {', '.join(names)}")
+
+
+def thread_count(given: int | None, model: Path) -> int | None:
+    """The user's choice; else one thread for a model so small that sharing its work costs more than the work; else
+    None (the engine takes one thread a core). On busy cores the waiting between threads can cost a hundredfold."""
+    if given is None and model.is_file() and model.stat().st_size < _SMALL_MODEL_BYTES:
+        return 1
+    return given
 
 
 def model_path(given: Path | None) -> Path:

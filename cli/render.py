@@ -49,7 +49,10 @@ def human_seconds(seconds: float) -> str:
 class Quiet:
     """A listener that only counts; base of the two that draw. Use as a context manager."""
 
-    def __init__(self, total: int, tally: Tally, budget_tokens: int | None, console: Console | None = None):
+    def __init__(
+        self, total: int, tally: Tally, budget_tokens: int | None, label: str = "zoomr", console: Console | None = None
+    ):
+        self.label = label
         self.total, self.tally, self.budget_tokens = total, tally, budget_tokens
         self.console = console or stderr_console()
         self.resident_tokens = 0
@@ -121,7 +124,7 @@ class _Speaking(Quiet):
         if event.what not in self._split:
             self._split.add(event.what)
             self.console.print(
-                f"a {event.what} was longer than its share and was cut into pieces of {event.piece_tokens} tokens or so,"
+                f"the {event.what} was longer than its share and was cut into pieces of {event.piece_tokens} tokens or so,"
                 " each of them pageable; no text is lost"
             )
 
@@ -153,7 +156,7 @@ class PlainProgress(_Speaking):
         parts.append(f"{self.resident_tokens} {'of ' + str(self.budget_tokens) + ' ' if self.budget_tokens else ''}cells")
         if eta and tally.done < self.total:
             parts.append(f"about {human_seconds(eta)} left")
-        return "zoomr: " + ", ".join(parts)
+        return f"{self.label}: " + ", ".join(parts)
 
 
 class BarProgress(_Speaking):
@@ -162,7 +165,7 @@ class BarProgress(_Speaking):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self._bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=14), TextColumn("{task.fields[facts]}"),
+            TextColumn(self.label), TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=10), TextColumn("{task.fields[facts]}"),
             console=self.console, auto_refresh=False, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=self.total, completed=self.tally.done, facts="")
@@ -196,11 +199,11 @@ class BarProgress(_Speaking):
         return "  ".join(parts)
 
 
-def make_progress(total: int, tally: Tally, budget_tokens: int | None, quiet: bool) -> Quiet:
-    """The face that fits where stderr goes."""
+def make_progress(total: int, tally: Tally, budget_tokens: int | None, quiet: bool, label: str = "zoomr") -> Quiet:
+    """The face that fits where stderr goes. ``label`` starts every line."""
     console = stderr_console()
     face = Quiet if quiet else BarProgress if console.is_terminal and not console.is_dumb_terminal else PlainProgress
-    return face(total, tally, budget_tokens, console)
+    return face(total, tally, budget_tokens, label, console)
 
 
 def summary_lines(tally: Tally, budget_tokens: int | None) -> list[str]:
@@ -218,7 +221,7 @@ def summary_lines(tally: Tally, budget_tokens: int | None) -> list[str]:
         of = f" of {budget_tokens:,}" if budget_tokens else ""
         lines.append(f"KV cache  {s['resident_peak']:,}{of} cells at the peak, {human_bytes(s['resident_peak_bytes'])}")
     if s["page_ins"] or s["paged_out_bytes"]:
-        lines.append(f"paging    {s['page_ins']:,} zooms, {human_bytes(s['paged_out_bytes'])} paged out")
+        lines.append(f"paging    {human_bytes(s['paged_out_bytes'])} paged out; {s['page_ins']:,} times something came back")
     if s["dropped_tokens"]:
         lines.append(f"dropped   {s['dropped_tokens']:,} tokens, for good (the policy's rule)")
     if s["splits"]:

@@ -81,13 +81,14 @@ def solve(
     from zoomr_local.engine import EngineConfig  # loads the native library
     from zoomr_local.sampling import SamplingParams
 
+    path = options.model_path(model)
     config = EngineConfig(
         policy=policy, **options.budget(policy, kv_budget), kv_type=kv_type, flash_attn=flash_attn,
-        threads=threads, refresh=refresh, votes_per_head=votes_per_head, zoomed_blocks=zoomed_blocks, window=window,
+        threads=options.thread_count(threads, path), refresh=refresh, votes_per_head=votes_per_head, zoomed_blocks=zoomed_blocks, window=window,
         vote_window=vote_window, vote_layers=options.layer_list(vote_layers), sinks=sinks, seed=seed,
     )  # fmt: skip
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()))
-    job = Job(problems, config, sampling, max_tokens, options.model_path(model), n_gpu_layers, as_json, quiet, context.obj)
+    job = Job(problems, config, sampling, max_tokens, path, n_gpu_layers, as_json, quiet, context.obj)
     if target == STDIO:
         return job.run(None)
     _refuse_same_file(file, Path(target))

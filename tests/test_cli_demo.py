@@ -15,7 +15,7 @@ from rich.console import Console
 from zoomr_cli.blocks import ASCII, AWAY, KEPT, UNICODE, WRITTEN, ZOOMED, Trace, draw, legend
 from zoomr_cli.main import main
 from zoomr_cli.render import human_bytes, human_seconds
-from zoomr_local.events import BlockClosed, PagedIn, PagedOut, TokenDecoded
+from zoomr_local.events import BlockClosed, PagedIn, PagedOut, Refreshed, TokenDecoded
 from zoomr_local.solve import read_problems
 
 
@@ -30,7 +30,7 @@ def engine(monkeypatch):
 
 
 def two_thoughts() -> Trace:
-    """Prompt of 10; two thoughts of 10 tokens with summaries of 2; the first leaves, comes back and leaves."""
+    """Prompt of 10; two thoughts of 10 tokens with summaries of 2; the first leaves, is voted for and leaves again."""
     trace = Trace()
     for position in range(10, 70):
         trace.feed(TokenDecoded(position, 1, "x", "thought", min(position, 30)))
@@ -42,6 +42,7 @@ def two_thoughts() -> Trace:
             trace.feed(PagedOut(position, (0,), "detail", 10, 160))
             trace.feed(PagedOut(position, (1,), "summary", 2, 32))
         if position == 50:
+            trace.feed(Refreshed(position, (0,), 0.5, "interval"))
             trace.feed(PagedIn(position, (0,), "detail", 10, 160))
     return trace
 
@@ -54,12 +55,19 @@ def test_spans_tell_when_a_thought_was_where():
     assert trace.zooms == 1
 
 
+def test_room_that_is_left_over_is_no_zoom():
+    trace = two_thoughts()
+    trace.choices = [(50, (1,))]
+    assert trace.spans(trace.blocks[0])[3] == (50, 60, KEPT)
+    assert trace.spans(trace.blocks[1])[2] == (50, 70, ZOOMED)
+
+
 def test_a_row_is_a_thought_and_time_runs_to_the_right():
     lines = draw(two_thoughts(), width=26 + 8 + 30).plain.splitlines()
     assert lines[0] == "  1 Worked out oak.       " + "██████░░░░░░░░░·····▲▲▲▲▲·····"
     assert lines[1] == "  2 Worked out a tree w.." + " " * 7 + "██████░░░░░░░░░░░░░░░░░░"
     assert lines[2].startswith("            tokens so far ▂") and lines[2].endswith("█ 70")
-    assert lines[3].startswith("   tokens in the KV cache ▂") and lines[3].endswith("▃ 30")
+    assert lines[3].startswith("   tokens in the KV cache ▂") and lines[3].endswith("▄ 30")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
@@ -96,7 +104,7 @@ def test_demo_prints_a_table_and_a_drawing_on_stdout(engine, capsys, monkeypatch
     out, err = capsys.readouterr()
     assert err == ""
     assert "full" in out and "zoomr" in out and "of 12" in out and "cells" in out and "zooms" in out
-    assert "▲" in out and "zoomed back in" in out
+    assert "▲" in out and "zoomed: the heads vote for it" in out
     assert "\x1b" not in out, "no colour codes into a pipe"
     assert max(map(len, out.splitlines())) <= 80
 
@@ -205,4 +213,4 @@ def test_a_console_without_unicode_gets_ascii(engine, monkeypatch, capsys):
     monkeypatch.setattr(Console, "encoding", "ascii")
     assert main(["demo", "-q"]) == 0
     out = capsys.readouterr().out
-    assert "^ zoomed back in" in out
+    assert "^ zoomed: the heads" in out

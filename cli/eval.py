@@ -1,0 +1,299 @@
+"""`zoomr eval`: policies, budgets and families over the same problems, with intervals and paired differences.
+
+Reads flags, opens engines and prints; the grid and its running are `zoomr_local.evaluate`, the arithmetic and
+the files `zoomr_local.evaluate_report`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoomr_local.errors import ModelError, UsageError
+
+from . import options
+from . import solve as solving
+
+if TYPE_CHECKING:
+    from zoomr_local.evaluate import Cell, Run, Suite
+    from zoomr_local.solve import Tally
+
+BUNDLED = "bundled"
+DEFAULT_THOUGHTS = 13  # as long as the bundled model was trained on in every family
+DEFAULT_PROBLEMS = 100
+_FILE_MAX_TOKENS = 4096  # as `zoomr solve`
+_PIPE_COLUMNS = 160  # where stdout is no terminal nothing is wrapped
+
+_SUITE, _GRID, _COMPARE = "Problems", "What is compared", "Settings of zoomr: lists compare"
+
+
+def _listed(panel: str, *names: str, metavar: str = "LIST", **more: Any) -> Any:
+    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, show_default=more.pop("show_default", False), **more)
+
+
+def evaluation(
+    context: typer.Context,
+    suite: Annotated[str, _listed(_SUITE, "--suite", metavar="NAME", help="bundled, or a JSONL file: id, prompt, answer, perhaps family.", show_default=True)] = BUNDLED,
+    family: Annotated[str | None, _listed(_SUITE, "--family", help="dag,series. Default: all of the suite.")] = None,
+    count: Annotated[int | None, _listed(_SUITE, "-n", "--n", metavar="N", min=1, help="Problems a family. Default: 100 of the bundled, all of a file.")] = None,
+    thoughts: Annotated[int, _listed(_SUITE, "--thoughts", metavar="N", min=1, help="Steps each bundled problem takes.", show_default=True)] = DEFAULT_THOUGHTS,
+    split: Annotated[str, _listed(_SUITE, "--split", metavar="NAME", help="test, or dev for choosing settings.", show_default=True)] = "test",
+    seed: Annotated[int, _listed(_SUITE, "--seed", metavar="N", min=0, help="Seed of the problems, of sampling and of policy `random`.", show_default=True)] = 0,
+    policy: Annotated[str, _listed(_GRID, "--policy", help="`zoomr policies` lists them.", show_default=True)] = "full,zoomr,sumr,recency,random,streaming",
+    kv_budget: Annotated[str, _listed(_GRID, "--kv-budget", help="Hard peaks of cells, the same for every policy but full.", show_default=True)] = "256,384,512",
+    refresh: Annotated[str | None, _listed(_COMPARE, "--refresh", help="Tokens between two selections, at most.")] = None,
+    votes_per_head: Annotated[str | None, _listed(_COMPARE, "--votes-per-head", help="Blocks each head votes for.")] = None,
+    zoomed_blocks: Annotated[str | None, _listed(_COMPARE, "--zoomed-blocks", help="Most blocks zoomed at once.")] = None,
+    window: Annotated[str | None, _listed(_COMPARE, "--window", help="Tokens of the newest blocks that stay whole.")] = None,
+    vote_window: Annotated[str | None, _listed(_COMPARE, "--vote-window", help="Tokens whose votes are summed.")] = None,
+    vote_layers: Annotated[list[str] | None, _listed(_COMPARE, "--vote-layers", help="Layers that vote: 2,3 or all (repeat to compare).")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder of records and results. Default: MODEL.eval here.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away this grid's records and start again.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Solve the failed ones of an earlier run again.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw accuracy against resident cells (extra `bench`).", show_default=False)] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    model: options.Model = None,
+    n_gpu_layers: options.GpuLayers = 0,
+    threads: options.Threads = None,
+    kv_type: options.KvType = "f16",
+    flash_attn: options.FlashAttn = True,
+    sinks: options.Sinks = 4,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens of a reply. Default: twice a reference trace; 4096 for a file.", rich_help_panel="Sampling", show_default=False)] = None,
+    temp: options.Temperature = 0.0,
+) -> int:  # fmt: skip
+    """Compare policies at equal budgets on the same problems; start the same command again to go on."""
+    from zoomr_local.engine import EngineConfig
+    from zoomr_local.evaluate import grid
+    from zoomr_local.sampling import SamplingParams
+
+    if plot is not None:
+        _check_plot(plot)
+    problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
+    policies = [options.known_policy(name) for name in _names("--policy", policy)]
+    budgets = [options.token_count("--kv-budget", part) for part in _names("--kv-budget", kv_budget)]
+    compared = {
+        "refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window,
+    }  # fmt: skip
+    base = EngineConfig(kv_type=kv_type, flash_attn=flash_attn, threads=threads, sinks=sinks, seed=seed)
+    cells = grid(problems.families, policies, budgets, base, _choices(compared, vote_layers))
+    path = options.model_path(model)
+    folder = output or Path(f"{path.stem}.eval")
+    with solving._interruptible() as interrupted:
+        sampling = SamplingParams(temperature=temp, seed=seed)
+        run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj)
+        found = _evaluate(run, quiet, overwrite, retry_failed)
+    if found is None:
+        again = _command(context.obj, without=("--overwrite",))
+        print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
+        return solving.INTERRUPTED
+    asked = {"suite": suite, "n": count or (DEFAULT_PROBLEMS if suite == BUNDLED else None), "seed": seed}
+    if suite == BUNDLED:
+        asked |= {"thoughts": thoughts, "split": split}
+    return _conclude(_result(run, found, asked), folder, plot, as_json, quiet)
+
+
+def _run(
+    cells: list[Cell], suite: Suite, folder: Path, model_file: Path, sampling: Any, n_gpu_layers: int,
+    interrupted: Callable[[], bool], arguments: list[str],
+) -> Run:  # fmt: skip
+    from zoomr_local.evaluate import Run
+    from zoomr_local.journal import model_fingerprint
+
+    from .versions import versions
+
+    try:
+        fingerprint = model_fingerprint(model_file)
+    except OSError as error:
+        raise ModelError(f"cannot read the model {model_file}: {error.strerror}; give a .gguf file with -m") from error
+    return Run(
+        cells, suite, folder, lambda config: solving.open_engine(model_file, config, n_gpu_layers), fingerprint, versions(),
+        sampling, n_gpu_layers, {"command": _command(arguments)}, interrupted, bool(os.environ.get("ZOOMR_DEBUG")),
+    )  # fmt: skip
+
+
+def _evaluate(run: Run, quiet: bool, overwrite: bool, retry_failed: bool) -> Any:
+    from zoomr_local.evaluate import evaluate
+
+    from .render import make_progress
+
+    @contextmanager
+    def watch(number: int, cell: Cell, tally: Tally) -> Iterator[Any]:
+        total = len(run.suite.problems[cell.family])
+        if not quiet:
+            begun = f", {tally.done} done already" if tally.done else ""
+            print(f"[{number + 1} of {len(run.cells)}] {cell.label}: {total} problems{begun}", file=sys.stderr, flush=True)
+        with make_progress(total, tally, cell.budget_tokens, quiet) as progress:
+            yield progress
+
+    return evaluate(run, watch, overwrite, retry_failed)
+
+
+def _result(run: Run, found: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The report with everything needed to read it: what was asked, of which model, on which machine."""
+    from zoomr_local.evaluate_report import report
+
+    return {
+        "command": run.info["command"], "asked": asked, "max_tokens": run.suite.max_tokens,
+        "temperature": run.sampling.temperature, "model": run.model, "versions": run.versions,
+        "kv_type": run.cells[0].config.kv_type, "threads": run.cells[0].config.threads,
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
+        **report(found),
+    }  # fmt: skip
+
+
+def _conclude(result: dict[str, Any], folder: Path, plot: Path | None, as_json: bool, quiet: bool) -> int:
+    """Write the files, print the result, and give the exit code."""
+    from zoomr_local import evaluate_report
+
+    evaluate_report.write_json(folder / "results.json", result)
+    evaluate_report.write_csv(folder / "results.csv", result)
+    if plot is not None:
+        evaluate_report.plot(plot, result)
+    failed = sum(cell["failed"] for cell in result["cells"])
+    if not quiet:
+        drawn = f", {plot}" if plot else ""
+        print(f"in {folder}: results.json, results.csv and a file of records a cell{drawn}", file=sys.stderr)
+    if failed:
+        print(f"{failed} problems failed and count neither right nor wrong; to try them again, add --retry-failed", file=sys.stderr)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+    return solving.SOME_FAILED if failed else 0
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_COLUMNS
+    console.print(_accuracy_table(result["cells"]))
+    console.print(_cost_table(result["cells"]))
+    console.print("Right and from full: per cent and points, with 95 % intervals (Wilson; Newcombe, paired). p: exact McNemar.")
+    agreement = result["agreement"]
+    if agreement:
+        auc = "-, all right or all wrong" if agreement["auc"] is None else f"{agreement['auc']:.3f}"
+        console.print(
+            f"Agreement as a predictor that a problem is right: AUC {auc} (0.5 is chance), n = {agreement['n']} in all,"
+            f" {agreement['pairs']:,} pairs of a right and a wrong problem of one cell."
+        )
+
+
+def _table(cells: list[dict[str, Any]], title: str, *headings: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for heading in ("family", "policy", "budget"):
+        table.add_column(heading, justify="right" if heading == "budget" else "left", no_wrap=True)
+    if any(cell["settings_text"] for cell in cells):
+        table.add_column("settings")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _heads(cell: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
+    heads = [cell["family"], cell["policy"], "-" if cell["kv_budget"] is None else f"{cell['kv_budget']:,}"]
+    return [*heads, cell["settings_text"]] if any(c["settings_text"] for c in cells) else heads
+
+
+def _accuracy_table(cells: list[dict[str, Any]]) -> Any:
+    table = _table(cells, "Accuracy", "n", "right", "from full", "p", "cut off")
+    for cell in cells:
+        pair, share = cell["from_full"], cell["out_of_tokens_share"]
+        paired = "-" if pair is None or pair["difference"] is None else _with_interval(pair["difference"], pair["interval95"], "+")
+        table.add_row(
+            *_heads(cell, cells), str(cell["n"]),
+            "-" if cell["accuracy"] is None else _with_interval(cell["accuracy"], cell["wilson95"]), paired,
+            "-" if pair is None else f"{pair['mcnemar_p']:.3f}", "-" if share is None else f"{100 * share:.0f} %",
+        )  # fmt: skip
+    return table
+
+
+def _cost_table(cells: list[dict[str, Any]]) -> Any:
+    from .render import human_bytes, human_seconds
+
+    table = _table(cells, "Cost", "peak", "mean", "peak KV", "page-ins", "tokens/s", "time")
+    for cell in cells:
+        rate = cell["tokens_per_s"]
+        table.add_row(
+            *_heads(cell, cells), f"{cell['resident_peak']:,}", f"{cell['resident_mean']:,.0f}",
+            human_bytes(cell["resident_peak_bytes"]), f"{cell['page_ins']:,}", "-" if rate is None else f"{rate:,.0f}",
+            human_seconds(cell["seconds"]),
+        )  # fmt: skip
+    return table
+
+
+def _with_interval(share: float, interval: list[float], sign: str = "") -> str:
+    return f"{100 * share:{sign}.1f} ({100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f})"
+
+
+# ---------------------------------------------------------------- flags
+
+
+def _names(flag: str, text: str) -> list[str]:
+    """The parts of a comma list, each once. Raises UsageError if there are none."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise UsageError(f"{flag} {text}: give at least one name or number")
+    return parts
+
+
+def _numbers(flag: str, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        return [int(part) for part in _names(flag, text)]
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: give whole numbers, for example 4,8") from error
+
+
+def _choices(lists: dict[str, str | None], vote_layers: list[str] | None) -> dict[str, list[Any]]:
+    """The values of every setting of zoomr that was given, by its name in EngineConfig."""
+    found = {name: _numbers("--" + name.replace("_", "-"), text) for name, text in lists.items()}
+    return {**found, "vote_layers": [() if text == "all" else options.layer_list(text) for text in vote_layers or ()]}
+
+
+def _suite(
+    suite: str, family: str | None, count: int | None, seed: int, thoughts: int, split: str, max_tokens: int | None
+) -> Suite:
+    from zoomr_local.evaluate import bundled_suite, file_suite
+
+    if split not in ("test", "dev"):
+        raise UsageError(f"--split {split}: choose test or dev")
+    families = None if family is None else _names("--family", family)
+    if suite == BUNDLED:
+        return bundled_suite(families, count or DEFAULT_PROBLEMS, seed, thoughts, split, max_tokens)
+    try:
+        lines = Path(suite).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"--suite {suite}: {error.strerror}; give {BUNDLED} or a JSONL file") from error
+    return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS)
+
+
+def _check_plot(path: Path) -> None:
+    """A drawing that cannot be made is refused before hours of running, not after."""
+    from zoomr_local.evaluate_report import require_matplotlib
+
+    require_matplotlib()
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
+
+
+def _command(arguments: list[str], without: tuple[str, ...] = ()) -> str:
+    return shlex.join(["zoomr", *(a for a in arguments if a not in without)])
