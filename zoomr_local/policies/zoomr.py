@@ -22,21 +22,21 @@ def head_votes(scores: np.ndarray, row_block: np.ndarray, n_blocks: int, k: int)
     ``scores`` is float32 [n_layer, n_head, n_rows] (query x index row), ``row_block`` int [n_rows] names each
     row's block, ascending; a block with several rows scores by its best one. Returns float32 [n_blocks].
     """
-    votes = np.zeros(n_blocks, np.float32)
     n_rows = scores.shape[-1]
     if n_rows == 0:
-        return votes
+        return np.zeros(n_blocks, np.float32)
     best = np.array(scores, order="C").reshape(-1, n_rows)
-    starts = np.flatnonzero(np.r_[True, row_block[1:] != row_block[:-1]])
-    owners = row_block[starts]
-    if len(starts) < n_rows:
-        best = np.maximum.reduceat(best, starts, axis=1)
-    heads = np.arange(len(best))
+    owners = row_block
+    new_block = row_block[1:] != row_block[:-1]
+    if not new_block.all():
+        starts = np.concatenate(([0], np.flatnonzero(new_block) + 1))
+        owners, best = row_block[starts], np.maximum.reduceat(best, starts, axis=1)
+    heads, picks = np.arange(len(best)), []
     for _ in range(min(k, best.shape[1])):
-        top = best.argmax(axis=1)
-        votes += np.bincount(owners[top], minlength=n_blocks)
-        best[heads, top] = -np.inf
-    return votes
+        if picks:
+            best[heads, picks[-1]] = -np.inf
+        picks.append(best.argmax(axis=1))
+    return np.bincount(owners[np.concatenate(picks)], minlength=n_blocks).astype(np.float32)
 
 
 class Zoomr(Policy):
@@ -52,24 +52,24 @@ class Zoomr(Policy):
         details = np.zeros(n, bool)
         newest = np.arange(n)[::-1]
 
-        in_window = np.zeros(n, bool)
-        in_window[fill(newest, view.detail_tokens, min(s.window_tokens, free))] = True
-
+        window = fill(newest, view.detail_tokens, min(s.window_tokens, free))
+        candidates = view.votes.copy()
+        candidates[window] = 0
         zoomed: list[int] = []
-        for block in np.argsort(-view.votes, kind="stable"):
-            if len(zoomed) == s.zoomed_blocks or view.votes[block] <= 0:
+        for block in np.argsort(-candidates, kind="stable"):
+            if len(zoomed) == s.zoomed_blocks or candidates[block] <= 0:
                 break
-            if not in_window[block] and view.detail_tokens[block] <= free:
+            if view.detail_tokens[block] <= free:
                 zoomed.append(int(block))
                 free -= int(view.detail_tokens[block])
         details[zoomed] = True
 
-        window = fill(newest[in_window[newest]], view.detail_tokens, free)
+        window = fill(window, view.detail_tokens, free)
         details[window] = True
         free -= int(view.detail_tokens[window].sum())
 
         summaries = np.zeros(n, bool)
-        by_votes = np.lexsort((-newest[::-1], -view.lifetime_votes))
+        by_votes = newest[np.argsort(-view.lifetime_votes[::-1], kind="stable")]  # the newer of two equal ones first
         kept = fill(by_votes, view.summary_tokens, min(s.summary_tokens, free))
         summaries[kept] = True
         free -= int(view.summary_tokens[kept].sum())
