@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,7 +128,6 @@ def test_structs_have_the_size_the_library_was_compiled_with():
 
 def test_every_declared_function_is_mapped():
     header = (ROOT / "native" / "zoomr.h").read_text()
-    declared = {word.split("(")[0].strip("* ") for line in header.splitlines() if line.startswith("LLAMA_API")
-                for word in line.split() if word.startswith(("zoomr_", "*zoomr_"))} - {"zoomr_version"}
-    declared = {name for name in declared if name not in ("zoomr_context",)}
+    declared = {name for line in header.splitlines() if line.startswith("LLAMA_API")
+                for name in re.findall(r"(zoomr_\w+)\s*\(", line)} - {"zoomr_version"}
     assert {name.removeprefix("zoomr_") for name in declared} <= set(vars(library.zoomr))
