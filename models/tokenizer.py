@@ -29,6 +29,7 @@ _SPACED_WORDS = (
     "series starts with Each later term terms those"
 ).split()
 _BARE_WORDS = "Next Worked The Some A user assistant system".split()
+_LATER_WORDS = (" After", "After")  # at the end, so that no older id moved
 
 
 def _byte_characters() -> dict[int, str]:
@@ -50,6 +51,7 @@ def _vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     numbers = [str(i) for i in range(100)]
     spaced = [*numbers, *_SPACED_WORDS, *dag.NAMES, *series.ORDINALS]
     words = [space + w for w in spaced] + [*numbers, *_BARE_WORDS]
+    words += [w.replace(" ", space) for w in _LATER_WORDS]
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         for end in range(1, len(word)):

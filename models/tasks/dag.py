@@ -3,7 +3,8 @@
 Owned by models/tasks. Call it through `models.tasks.generate`.
 
 The question holds every definition; a thought works one out; its summary names which. A
-value that was worked out stands in its thought and nowhere else.
+value that was worked out stands in its thought and nowhere else. Each definition says what
+it comes after, so that which one is next is a lookup too and not a matter of counting.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ def make(rng: Random, thoughts: int) -> Problem:
     rules, steps = [], []
     for name in names[KNOWN:]:
         a, b = _pick_operands(rng, known, derived, unused)
-        rules.append(f"{name} adds {a} and {b}.")
+        link = f"After {derived[-1]}, " if derived else ""
+        rules.append(f"{link}{name} adds {a} and {b}.")
         needs = tuple(derived.index(x) for x in (a, b) if x in derived)
-        step, values[name] = add_thought(
-            f"Next {name}.", name, ((a, values[a]), (b, values[b])), needs
-        )
+        opening = f"{link or 'Next '}{name}."
+        operands = ((a, values[a]), (b, values[b]))
+        step, values[name] = add_thought(opening, name, operands, needs)
         steps.append(step)
         derived.append(name)
         unused = [x for x in unused if x not in (a, b)] + [name]

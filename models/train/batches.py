@@ -20,7 +20,7 @@ import numpy as np
 from .. import tokenizer as tok
 from ..tasks import FAMILIES, Problem, prompt_text, split_of
 
-NEED, ONES, IS, STOP = (tok.encode(x)[0] for x in (" Need", " Ones", " is", "."))
+NEED, ONES, IS, STOP, SO = (tok.encode(x)[0] for x in (" Need", " Ones", " is", ".", " so"))
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ def _encode(text: str) -> tuple[int, ...]:
     return tuple(tok.encode(text))
 
 
-def make_row(problem: Problem, stop_weight: float = 4.0, value_weight: float = 2.0) -> Row:
-    """The arrays of one problem."""
+def make_row(problem: Problem, stop_weight: float = 4.0, result_weight: float = 3.0) -> Row:
+    """The arrays of one problem.
+
+    Tokens that decide much and are few weigh more: whether to stop after a summary, and the name and
+    value of the thought's result.
+    """
     ids = list(tok.encode(prompt_text(problem.prompt)))
     owner, summary, spans, marks = [-1] * len(ids), [False] * len(ids), [], []
     for j, thought in enumerate(problem.thoughts):
@@ -80,9 +84,9 @@ def make_row(problem: Problem, stop_weight: float = 4.0, value_weight: float = 2
     weights = (owners >= 0).astype(np.float32)
     lookup = np.zeros(length, bool)
     lookup[spans_[:, 1] + 1] = lookup[spans_[:, 2] + 1] = True
-    weights[lookup] = value_weight
+    results = np.flatnonzero(np.array(ids) == SO) + 3
+    weights[results] = weights[results - 2] = weights[-3] = result_weight
     weights[spans_[:, 3] + 1] = stop_weight
-    weights[-3] = value_weight
     return Row(
         np.array(ids), owners, np.array(summary), weights, lookup, index, spans_,
         tuple(t.needs for t in problem.thoughts),
