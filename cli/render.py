@@ -19,6 +19,7 @@ from zoomr_local.solve import Problem, Tally
 
 _PLAIN_SECONDS = 5.0  # between two plain lines: readable in a log, alive to whoever watches
 _DRAW_SECONDS = 0.15  # between two redraws of the bar: drawing costs about as much as a token of a small model
+_BAR_COLUMNS = 10
 _RATE_SECONDS = 3.0  # over which the token rate is averaged
 
 
@@ -165,7 +166,7 @@ class BarProgress(_Speaking):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self._bar = Progress(
-            TextColumn(self.label), TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=10), TextColumn("{task.fields[facts]}"),
+            TextColumn(self.label), TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=_BAR_COLUMNS), TextColumn("{task.fields[facts]}"),
             console=self.console, auto_refresh=False, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=self.total, completed=self.tally.done, facts="")
@@ -196,6 +197,9 @@ class BarProgress(_Speaking):
             parts.append(f"{tally.failed} failed")
         if eta is not None:
             parts.append(f"ETA {human_seconds(eta)}")
+        room = self.console.width - len(f"{self.label} {self.total}/{self.total} ") - _BAR_COLUMNS - 1
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts.pop()  # the last ones are missed least
         return "  ".join(parts)
 
 
