@@ -1,6 +1,6 @@
 """Write a GGUF of a real model's shape with random weights, for measuring speed where nothing can be downloaded.
 
-    python -m benchmarks.make_model --shape 1.5b --out /tmp/random-1.5b.gguf
+    python -m benchmarks.make_model --shape 1.5b --out random-1.5b.gguf
 
 The cost of a decode step does not depend on the values of the weights, so that a random model of the right
 shape is as good as a real one for timing, and says nothing about quality. Quantised tensors are written as

@@ -2,11 +2,12 @@
 
     python -m benchmarks.speed --stock DIR --json
 
-DIR holds a libllama.so built from the same pinned source without the patch (`python native/build.py --stock`; found by
-itself in build/*/stock or $ZOOMR_STOCK_LIB). A configuration is a process of its own; one computes at a time, for a turn of some tokens, in a rotated order, for
-some rounds. A turn's figure is its mean, pagings and all; a configuration's figure is the median of its turns, and
-a ratio is the median of the ratios within a round. zoomr runs through the real engine: probe, votes, paging,
-sampling and Python are all in its time. Stock's time is `llama_decode` and an argmax, no more.
+DIR holds a libllama.so built from the same pinned source without the patch (`python native/build.py --stock`; one in
+build/*/stock or $ZOOMR_STOCK_LIB is found by itself). A configuration is a process of its own; one computes at a
+time, for a turn of some tokens, in a rotated order, for some rounds. A turn's figure is its mean, pagings and all; a
+configuration's figure is the median of its turns, and a ratio is the median of the ratios within a round. zoomr runs
+through the real engine: probe, votes, paging, sampling and Python are all in its time. Stock's time is
+`llama_decode` and an argmax, no more.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Bench:
                 said[name] = self._start(name, "benchmarks.stock", options, env, python)
         ours = {**common, "depths": [*a.depths, *a.deeper], "budget": a.budget, "rows": a.rows, "block": a.block,
                 "zoomed": a.zoomed, "refresh": a.refresh, "flash": not a.zoomr_fa_off,
-                "reply": 2 * a.turn * (a.rounds + 4) + a.share_tokens}
+                "reply": (a.turn + a.warm) * (a.rounds + 4) + a.share_tokens + 64}
         said["zoomr"] = self._start("zoomr", "benchmarks.ours", ours, {}, sys.executable)
         for name in self.workers:
             deeper = a.deeper if name == "zoomr" else []
@@ -120,6 +121,11 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on. ``busy`` says why they are not to be trusted, or is empty."""
     cpu = platform.processor() or platform.machine()
@@ -130,7 +136,7 @@ def machine() -> dict[str, Any]:
         pass
     load = os.getloadavg()[0]
     return {
-        "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu, "cores": cores(), "system": f"{platform.system()} {platform.machine()}",
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "python": platform.python_version(), "load_before": load, "others_cores": 0.0,
         "busy": f"load average {load:.2f} before the start" if load > BUSY_LOAD else "",
@@ -141,7 +147,7 @@ def commit() -> str:
     """The checkout's commit, with "+" if the library or the benchmarks differ from it; "unknown" outside git."""
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-    changed = git("status", "--porcelain", "--", "zoomr_local", "native", "benchmarks")
+    changed = git("status", "--porcelain", "--", "zoomr_local", "native", "benchmarks", ":!benchmarks/results")
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -157,7 +163,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--model", type=Path, help="a GGUF file instead")
     p.add_argument("--stock", type=Path, default=find_stock(), help="folder of the unpatched library of the same source")
     p.add_argument("--released", help="a Python interpreter whose own llama-cpp-python is measured too")
-    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--threads", type=int, default=cores())
     p.add_argument("--depths", type=int, nargs="+", default=[1024, 8192, 32768], help="logical tokens")
     p.add_argument("--deeper", type=int, nargs="*", default=[], help="depths for zoomr only, such as 131072")
     p.add_argument("--rounds", type=int, default=15)
@@ -171,8 +177,10 @@ def options(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--share-tokens", type=int, default=160, help="tokens over which Python's share is measured")
     p.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="wait so long for an idle machine at most")
     p.add_argument("--zoomr-fa-off", action="store_true", help="run zoomr without flash attention")
-    p.add_argument("--json", nargs="?", type=Path, const=Path("."), help="write the result here (default: benchmarks/results/)")
-    p.add_argument("--write-docs", type=Path, nargs="+", metavar="JSON", help="no run: put these results into docs/benchmarks.md")
+    p.add_argument("--json", nargs="?", type=Path, const=Path("."),
+                   help="write the result here (default: benchmarks/results/)")
+    p.add_argument("--write-docs", type=Path, nargs="+", metavar="JSON",
+                   help="no run: put these results into docs/benchmarks.md")
     p.add_argument("--verbose", action="store_true", help="show the workers' stderr")
     args = p.parse_args(argv)
     if not args.write_docs and not args.stock:

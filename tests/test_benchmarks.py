@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import make_model, report, speed
-from benchmarks.state import repeat_cells
-from benchmarks.stopwatch import watching
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # benchmarks are not installed
+
+from benchmarks import make_model, report, speed  # noqa: E402
+from benchmarks.state import repeat_cells  # noqa: E402
+from benchmarks.stopwatch import watching  # noqa: E402
 
 
 def plain_state(cells: int, transposed: bool) -> tuple[np.ndarray, list[np.ndarray]]:
