@@ -1,16 +1,18 @@
 """The engine on the real library and the bundled model: the budget is hard, and nothing is silently different."""
 
-import numpy as np
 import pytest
 
+from scripted import ScriptedSampler
+
+from zoomr_local import generation
 from zoomr_local.engine import Engine, EngineConfig, resolve_settings
 from zoomr_local.errors import BudgetError, ModelError, UsageError
-from zoomr_local.events import Finished, PagedIn, PagedOut, PromptProgress, Split, TokenDecoded
+from zoomr_local.events import PagedIn, PagedOut, PromptProgress, Split, TokenDecoded
 from zoomr_local.model import Model
 from zoomr_local.policies import POLICIES
 from zoomr_local.sampling import SamplingParams
 from zoomr_models import bundled_model_path
-from zoomr_models.tasks import FAMILIES, generate
+from zoomr_models.tasks import generate
 
 THREADS = 1
 
@@ -77,6 +79,23 @@ def test_a_prompt_of_twenty_times_the_budget_is_read_and_said(model, prompt):
     assert progress == sorted(progress) and progress[-1] == len(long)
     done = events[-1]
     assert done.cache.resident_peak_tokens <= 256 and done.prompt_tokens == len(long)
+
+
+@pytest.mark.parametrize("policy", ["zoomr", "sumr", "recency"])
+def test_thoughts_and_summaries_of_many_times_the_budget_stay_inside_it(model, prompt, policy, monkeypatch):
+    """A forced text: a thought of 1,000 tokens, a summary of 600, many short thoughts, an answer of 500."""
+    word, full_stop = model.tokenize(" and")[0], model.tokenize(".")[0]
+    text = [full_stop if i % 20 == 19 else word for i in range(1000)]
+    m = model.markers
+    script = [*text, m.summary_open, *text[:600], m.summary_close]
+    script += 20 * [*text[:45], m.summary_open, *text[:6], m.summary_close] + [m.think_close, *text[:500]]
+    ScriptedSampler.script = script
+    monkeypatch.setattr(generation, "LlamaSampler", ScriptedSampler)
+    used = []
+    events = play(model, prompt, policy=policy, kv_budget=256, max_tokens=len(script),
+                  watch=lambda engine, _: used.append(engine.context.n_used()))
+    assert max(used) <= 256 < len(script) // 10 and tokens(events) == script
+    assert (policy == "recency") or {"thought", "summary", "answer"} <= {e.what for e in events if isinstance(e, Split)}
 
 
 def test_blocks_go_out_and_come_back(model, prompt):

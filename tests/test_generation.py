@@ -80,6 +80,8 @@ def assert_nothing_is_lost(g, context):
                 assert sorted(set(page.data.view(np.int64).tolist())) == list(range(*span)) and page.intact()
             elif span:
                 assert set(range(*span)) <= context.cells
+    parts = [g.cache.resident(part).all() for part in ("detail", "summary")]
+    assert g.cache.everything_resident == all(parts)
     covered = sum(b.detail_tokens + b.summary_tokens for b in g.timeline.blocks)
     assert covered + g.timeline.pinned_tokens + g.timeline.open_tokens == len(g.timeline)
     for start, stop in g.timeline.pinned:

@@ -40,6 +40,7 @@ class KVCache:
         self.peak_tokens = 0
         self.pages: dict[tuple[int, str], Page] = {}
         self.page_ins = self.page_outs = self.dropped_tokens = 0
+        self._away = 0
         self._in = {part: np.zeros(64, bool) for part in PARTS}
         self._last_used = np.zeros(64, np.int64)
 
@@ -51,8 +52,7 @@ class KVCache:
     @property
     def everything_resident(self) -> bool:
         """True while no block is paged out, so that a new selection could change nothing."""
-        n = len(self.timeline.blocks)
-        return bool(self._in["detail"][:n].all() and self._in["summary"][:n].all())
+        return self._away == 0
 
     def resident(self, part: str) -> np.ndarray:
         """bool [n_blocks] view: which blocks' ``part`` ("detail" or "summary") is in cells."""
@@ -143,6 +143,7 @@ class KVCache:
                 raise EngineError(f"block {block} {part}: {freed} of {stop - start} tokens were in cells")
             tokens += freed
         self._count(-tokens)
+        self._away += len(blocks)
         self.page_outs += len(blocks)
         return PagedOut(len(self.timeline), tuple(blocks.tolist()), part, tokens, written)
 
@@ -156,5 +157,6 @@ class KVCache:
             tokens += self.context.page_in(self.sequence, page.data)
             read += page.n_bytes
         self._count(tokens)
+        self._away -= len(blocks)
         self.page_ins += len(blocks)
         return PagedIn(len(self.timeline), tuple(blocks.tolist()), part, tokens, read)

@@ -26,17 +26,19 @@ def head_votes(scores: np.ndarray, row_block: np.ndarray, n_blocks: int, k: int)
     if n_rows == 0:
         return np.zeros(n_blocks, np.float32)
     best = np.array(scores, order="C").reshape(-1, n_rows)
-    owners = row_block
     new_block = row_block[1:] != row_block[:-1]
-    if not new_block.all():
-        starts = np.concatenate(([0], np.flatnonzero(new_block) + 1))
-        owners, best = row_block[starts], np.maximum.reduceat(best, starts, axis=1)
+    rows_differ = not new_block.all()
+    if rows_differ:
+        first = np.searchsorted(row_block, row_block)
+        last = np.searchsorted(row_block, row_block, side="right") - 1
     heads, picks = np.arange(len(best)), []
-    for _ in range(min(k, best.shape[1])):
-        if picks:
+    for _ in range(min(k, 1 + int(new_block.sum()))):
+        if picks:  # a block that has a head's vote takes part no more, with none of its rows
             best[heads, picks[-1]] = -np.inf
+            for j in range(int((last - first).max()) + 1 if rows_differ else 0):
+                best[heads, np.minimum(first[picks[-1]] + j, last[picks[-1]])] = -np.inf
         picks.append(best.argmax(axis=1))
-    return np.bincount(owners[np.concatenate(picks)], minlength=n_blocks).astype(np.float32)
+    return np.bincount(row_block[np.concatenate(picks)], minlength=n_blocks).astype(np.float32)
 
 
 class Zoomr(Policy):
