@@ -76,29 +76,24 @@ def evaluation(
     from zoomr_local.evaluate import grid
     from zoomr_local.sampling import SamplingParams
 
-    if plot is not None:
-        _check_plot(plot)
+    _check_plot(plot)
     problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
     policies = [options.known_policy(name) for name in _names("--policy", policy)]
     budgets = [options.token_count("--kv-budget", part) for part in _names("--kv-budget", kv_budget)]
-    compared = {
-        "refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window,
-    }  # fmt: skip
+    lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window}
     base = EngineConfig(kv_type=kv_type, flash_attn=flash_attn, threads=threads, sinks=sinks, seed=seed)
-    cells = grid(problems.families, policies, budgets, base, _choices(compared, vote_layers))
+    cells = grid(problems.families, policies, budgets, base, _choices(lists, vote_layers))
     path = options.model_path(model)
     folder = output or Path(f"{path.stem}.eval")
+    sampling = SamplingParams(temperature=temp, seed=seed)
     with solving._interruptible() as interrupted:
-        sampling = SamplingParams(temperature=temp, seed=seed)
         run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj)
         found = _evaluate(run, quiet, overwrite, retry_failed)
     if found is None:
         again = _command(context.obj, without=("--overwrite",))
         print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
         return solving.INTERRUPTED
-    asked = {"suite": suite, "n": count or (DEFAULT_PROBLEMS if suite == BUNDLED else None), "seed": seed}
-    if suite == BUNDLED:
-        asked |= {"thoughts": thoughts, "split": split}
+    asked = {"suite": suite, "n": count, "seed": seed, **({"thoughts": thoughts, "split": split} if suite == BUNDLED else {})}
     return _conclude(_result(run, found, asked), folder, plot, as_json, quiet)
 
 
@@ -183,13 +178,14 @@ def _show(result: dict[str, Any]) -> None:
         console.width = _PIPE_COLUMNS
     console.print(_accuracy_table(result["cells"]))
     console.print(_cost_table(result["cells"]))
-    console.print("Right and from full: per cent and points, with 95 % intervals (Wilson; Newcombe, paired). p: exact McNemar.")
+    console.print("In brackets: 95 % intervals, Wilson's of the share and Newcombe's of the paired difference in points.", soft_wrap=True)
     agreement = result["agreement"]
     if agreement:
         auc = "-, all right or all wrong" if agreement["auc"] is None else f"{agreement['auc']:.3f}"
         console.print(
             f"Agreement as a predictor that a problem is right: AUC {auc} (0.5 is chance), n = {agreement['n']} in all,"
-            f" {agreement['pairs']:,} pairs of a right and a wrong problem of one cell."
+            f" {agreement['pairs']:,} pairs of a right and a wrong problem of one cell.",
+            soft_wrap=True,
         )
 
 
@@ -197,7 +193,7 @@ def _table(cells: list[dict[str, Any]], title: str, *headings: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left", title_style="bold")
     for heading in ("family", "policy", "budget"):
         table.add_column(heading, justify="right" if heading == "budget" else "left", no_wrap=True)
     if any(cell["settings_text"] for cell in cells):
@@ -213,14 +209,14 @@ def _heads(cell: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _accuracy_table(cells: list[dict[str, Any]]) -> Any:
-    table = _table(cells, "Accuracy", "n", "right", "from full", "p", "cut off")
+    table = _table(cells, "Accuracy", "n", "right", "from full", "cut off")
     for cell in cells:
         pair, share = cell["from_full"], cell["out_of_tokens_share"]
         paired = "-" if pair is None or pair["difference"] is None else _with_interval(pair["difference"], pair["interval95"], "+")
         table.add_row(
             *_heads(cell, cells), str(cell["n"]),
             "-" if cell["accuracy"] is None else _with_interval(cell["accuracy"], cell["wilson95"]), paired,
-            "-" if pair is None else f"{pair['mcnemar_p']:.3f}", "-" if share is None else f"{100 * share:.0f} %",
+            "-" if share is None else f"{100 * share:.0f} %",
         )  # fmt: skip
     return table
 
@@ -240,7 +236,7 @@ def _cost_table(cells: list[dict[str, Any]]) -> Any:
 
 
 def _with_interval(share: float, interval: list[float], sign: str = "") -> str:
-    return f"{100 * share:{sign}.1f} ({100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f})"
+    return f"{100 * share:{sign}.1f} ({100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f})"
 
 
 # ---------------------------------------------------------------- flags
@@ -286,10 +282,12 @@ def _suite(
     return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS)
 
 
-def _check_plot(path: Path) -> None:
+def _check_plot(path: Path | None) -> None:
     """A drawing that cannot be made is refused before hours of running, not after."""
     from zoomr_local.evaluate_report import require_matplotlib
 
+    if path is None:
+        return
     require_matplotlib()
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: there is no folder {path.parent}")

@@ -1,0 +1,361 @@
+"""`zoomr eval`: the statistics against published and hand-made figures, the grid, resumption, and a small real grid."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, opener
+
+from zoomr_cli.main import main
+from zoomr_local import evaluate_report as report
+from zoomr_local.engine import EngineConfig
+from zoomr_local.errors import EngineError, UsageError
+from zoomr_local.evaluate import Cell, bundled_suite, file_suite, grid
+from zoomr_local.journal import Journal
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 2635-2650), table III, method 10.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((35, 14, 0, 1), 0.1461, 0.4175),
+        ((2, 97, 1, 0), 0.8721, 0.9854),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((30, 0, 0, 24), -0.0358, 0.0358),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+    ],
+)
+def test_the_paired_interval_gives_newcombes_own_figures(counts, low, high):
+    assert report.newcombe_interval(*counts) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_swapping_the_sides_turns_the_interval_around():
+    low, high = report.newcombe_interval(20, 12, 2, 16)
+    assert report.newcombe_interval(20, 2, 12, 16) == pytest.approx((-high, -low))
+
+
+def test_mcnemar_by_hand():
+    assert report.mcnemar_p(5, 0) == 2 / 2**5
+    assert report.mcnemar_p(2, 8) == 2 * (1 + 10 + 45) / 2**10
+    assert report.mcnemar_p(3, 3) == report.mcnemar_p(0, 0) == 1
+
+
+def test_a_side_paired_with_itself_differs_by_nothing():
+    pair = report.paired_difference([True, False, True], [True, False, True])
+    assert (pair["difference"], pair["gained"], pair["lost"], pair["mcnemar_p"]) == (0, 0, 0, 1)
+    assert pair["interval95"][0] < 0 < pair["interval95"][1]
+
+
+def test_the_difference_counts_what_each_side_alone_has_right():
+    pair = report.paired_difference([True, True, False, False, True], [True, False, True, False, False])
+    assert (pair["n"], pair["gained"], pair["lost"], pair["difference"]) == (5, 2, 1, 0.2)
+
+
+def test_the_auc_is_the_share_of_pairs_in_order_and_ties_count_half():
+    # right at 0.9 and 0.4, wrong at 0.4 and 0.1: of four pairs three are in order, one is a tie.
+    assert report.ranking_pairs([0.9, 0.4, 0.4, 0.1], [True, True, False, False]) == (3.5, 4)
+    assert report.ranking_pairs([0.9], [True]) == (0.0, 0)
+
+
+# ---------------------------------------------------------------- report
+
+
+def record(name, right, agreement=None, reason="stop", tokens=100, resident=50.0, **more):
+    kv = {
+        "resident_peak": 64, "resident_mean": resident, "token_bytes": 16, "page_ins": 2, "paged_out_bytes": 8,
+        "dropped_tokens": 0, "splits": 0, "agreement": agreement,
+    }  # fmt: skip
+    return {
+        "id": name, "correct": right, "finish_reason": reason, "usage": {"prompt_tokens": 10, "completion_tokens": tokens},
+        "timing": {"prefill_s": 0.5, "decode_s": 1.5}, "kv": kv, **more,
+    }  # fmt: skip
+
+
+def failed(name):
+    return {"id": name, "finish_reason": "error", "error": {"type": "EngineError", "message": "x"}}
+
+
+FULL = Cell("dag", EngineConfig(policy="full"))
+ZOOMR = Cell("dag", EngineConfig(policy="zoomr", kv_budget=256), (("refresh", 4), ("vote_layers", (2, 3))))
+
+
+def test_a_cell_is_paired_by_id_and_failed_problems_count_in_neither():
+    found = {
+        FULL: [record("a", True), record("b", True), record("c", False), record("d", True)],
+        ZOOMR: [failed("a"), record("b", True, 0.9), record("c", False, 0.2, "length", 300, 150.0), record("d", False, 0.5)],
+    }
+    full, zoomr = report.report(found)["cells"]
+    assert (full["n"], full["right"], full["kv_budget"], full["from_full"]) == (4, 3, None, None)
+    assert (zoomr["n"], zoomr["right"], zoomr["failed"], zoomr["kv_budget"]) == (3, 1, 1, 256)
+    assert (zoomr["from_full"]["n"], zoomr["from_full"]["lost"]) == (3, 1)
+    assert zoomr["resident_mean"] == (50 * 100 + 150 * 300 + 50 * 100) / 500  # a mean over tokens, not over problems
+    assert (zoomr["out_of_tokens"], zoomr["out_of_tokens_share"]) == (1, round(1 / 3, 6))
+    assert (zoomr["resident_peak_bytes"], zoomr["page_ins"], zoomr["seconds"]) == (1024, 6, 6.0)
+    assert zoomr["agreement"] == {"mean": 0.5333, "auc": 1.0, "n": 3, "n_wrong": 2}
+
+
+def test_agreement_is_compared_within_cells_only():
+    other = Cell("series", ZOOMR.config)
+    found = {
+        ZOOMR: [record("a", True, 0.9), record("b", True, 0.8)],  # an easy family: all right, much agreement
+        other: [record("c", True, 0.2), record("d", False, 0.3)],
+    }
+    assert report.report(found)["agreement"] == {"auc": 0.0, "pairs": 1, "n": 4}
+
+
+def test_a_grid_without_votes_has_no_agreement():
+    assert report.report({FULL: [record("a", True)]})["agreement"] is None
+
+
+def test_csv_has_a_line_a_cell_with_the_nested_figures_flat(tmp_path):
+    result = report.report({FULL: [record("a", True)], ZOOMR: [record("a", False, 0.5)]})
+    report.write_csv(tmp_path / "r.csv", result)
+    full, zoomr = csv.DictReader((tmp_path / "r.csv").open())
+    assert (full["from_full.difference"], zoomr["from_full.difference"]) == ("", "-1.0")
+    assert (zoomr["wilson95.low"], zoomr["settings_text"]) == ("0.0", "refresh=4 vote_layers=2+3")
+
+
+def test_the_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = report.report({FULL: [record("a", True)], ZOOMR: [record("a", False, 0.5)]})
+    report.plot(tmp_path / "r.png", result)
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- grid and suite
+
+
+def test_full_runs_once_a_family_and_first():
+    cells = grid(["dag", "series"], ["zoomr", "full", "random"], [256, 512], EngineConfig())
+    assert [c.label for c in cells][:5] == ["dag full", "dag zoomr 256", "dag zoomr 512", "dag random 256", "dag random 512"]
+    assert len(cells) == 10 and len({c.file_name for c in cells}) == 10
+
+
+def test_compared_settings_multiply_the_policies_that_vote_and_no_others():
+    choices = {"refresh": [1, 8], "vote_layers": [(), (2, 3)], "window": [64], "vote_window": []}
+    cells = grid(["dag"], ["full", "zoomr", "recency"], [256], EngineConfig(), choices)
+    assert [c.file_name for c in cells] == [
+        "dag.full.jsonl",
+        *(f"dag.zoomr.256.refresh={r}.vote_layers={v}.jsonl" for r in (1, 8) for v in ("all", "2+3")),
+        "dag.recency.256.jsonl",
+    ]
+    assert {c.config.window for c in cells if c.policy == "zoomr"} == {64}
+    assert {c.config.window for c in cells if c.policy != "zoomr"} == {None}
+
+
+def test_families_that_are_no_file_names_get_files_of_their_own():
+    names = {Cell(family, EngineConfig()).file_name for family in ("a/b", "a b", "a_b")}
+    assert len(names) == 3 and not any("/" in name or " " in name for name in names)
+
+
+def test_more_problems_begin_with_the_same_ones_and_keep_the_reply_limit():
+    few, many = (bundled_suite(["series"], n, 3, 6, "dev", None) for n in (2, 5))
+    assert many.problems["series"][:2] == few.problems["series"]
+    assert many.max_tokens == few.max_tokens and few.max_tokens["series"] % 256 == 0
+
+
+def test_a_files_lines_are_grouped_by_family():
+    rows = [{"id": i, "prompt": "p", "answer": 1, **({"family": "x"} if i % 2 else {})} for i in range(5)]
+    lines = [json.dumps(row).encode() for row in rows]
+    suite = file_suite(lines, "some/mine.jsonl", None, 2, 99)
+    assert {f: [p.id for p in ps] for f, ps in suite.problems.items()} == {"mine": [0, 2], "x": [1, 3]}
+    with pytest.raises(UsageError, match="it has mine, x"):
+        file_suite(lines, "mine.jsonl", ["y"], None, 99)
+    with pytest.raises(UsageError, match='1 problems have no "answer"'):
+        file_suite([b'{"id": 1, "prompt": "p"}'], "mine.jsonl", None, None, 99)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr("zoomr_cli.solve.open_engine", opener(engine))
+    monkeypatch.setattr("zoomr_cli.versions.versions", lambda: {"zoomr": "test"})
+    monkeypatch.delenv("ZOOMR_DEBUG", raising=False)
+    return engine
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, engine) -> Path:
+    """A folder with four problems and something that has a model's name."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    monkeypatch.setenv("ZOOMR_MODEL", "m.gguf")
+    return tmp_path
+
+
+def prepare(folder: Path) -> None:
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    rows = [{"id": f"p{i}", "prompt": f"ask {i}", "answer": "4"} for i in range(4)]
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+ASK = ("eval", "--suite", "in.jsonl", "--policy", "full,zoomr", "--kv-budget", "256,512", "-o", "out")
+
+
+def ids(name: str) -> list[str]:
+    return [json.loads(line)["id"] for line in Path("out", name).read_text().splitlines()]
+
+
+def test_every_cell_gets_the_same_problems_and_stdout_only_the_table(here, capsys):
+    assert main([*ASK]) == 0
+    for name in ("in.full.jsonl", "in.zoomr.256.jsonl", "in.zoomr.512.jsonl"):
+        assert ids(name) == ["p0", "p1", "p2", "p3"]
+    out, err = capsys.readouterr()
+    assert "Accuracy" in out and "100.0 (51.0, 100.0)" in out and "AUC -, all right or all wrong" in out
+    assert "[3 of 3] in zoomr 512: 4 problems" in err
+
+
+def test_json_is_the_whole_report_and_a_policy_as_good_as_full_differs_by_0(here, capsys):
+    assert main([*ASK, "--json", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    assert result == json.loads(Path("out/results.json").read_text())
+    assert [c["from_full"] and c["from_full"]["difference"] for c in result["cells"]] == [None, 0, 0]
+    assert result["command"].startswith("zoomr eval --suite in.jsonl") and result["model"]["file"] == "m.gguf"
+
+
+def test_a_wrong_answer_lowers_the_accuracy(here, engine, capsys):
+    engine.replies["ask 2"] = "The answer is 5."
+    assert main([*ASK, "--json"]) == 0
+    assert [c["right"] for c in json.loads(capsys.readouterr().out)["cells"]] == [3, 3, 3]
+
+
+def test_a_finished_grid_is_only_reported_again_and_a_wider_one_runs_what_is_new(here, engine):
+    main([*ASK])
+    asked = len(engine.prompts)
+    assert main([*ASK]) == 0 and len(engine.prompts) == asked
+    wider = [a if a != "256,512" else "256,384,512" for a in ASK]
+    assert main(wider) == 0 and len(engine.prompts) == asked + 4
+
+
+def test_other_settings_are_refused_before_anything_runs(here, engine, capsys):
+    main([*ASK, "-n", "2"])
+    engine.prompts.clear()
+    assert main([*ASK, "--max-tokens", "9"]) == 2
+    assert "settings.max_tokens: 4096 there, 9 now" in capsys.readouterr().err
+    assert engine.prompts == []
+    assert main([*ASK, "--max-tokens", "9", "--overwrite"]) == 0
+
+
+def test_a_cell_that_another_process_writes_is_refused(here, engine, capsys):
+    Path("out").mkdir()
+    with Journal.open(Path("out/in.zoomr.512.jsonl")):
+        assert main([*ASK]) == 2
+    assert "another process is writing" in capsys.readouterr().err and engine.prompts == []
+
+
+def test_failed_problems_end_in_3_and_can_be_tried_again(here, engine, capsys):
+    engine.replies["ask 1"] = EngineError("llama_decode said 1")
+    assert main([*ASK]) == 3
+    assert "3 problems failed" in capsys.readouterr().err
+    engine.replies.clear()
+    engine.prompts.clear()
+    assert main([*ASK, "--retry-failed"]) == 0
+    assert engine.prompts == ["ask 1"] * 3
+    assert sorted(ids("in.full.jsonl")) == ["p0", "p1", "p2", "p3"]
+
+
+def test_ctrl_c_ends_in_130_and_the_next_start_goes_on(here, engine, capsys):
+    def interrupt():
+        if len(engine.prompts) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            engine.on_token = lambda: None
+
+    engine.on_token = interrupt
+    assert main([*ASK]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and "to go on: zoomr eval --suite in.jsonl" in err
+    assert ids("in.zoomr.256.jsonl") == ["p0"]
+    assert main([*ASK]) == 0
+    assert len(engine.prompts) == 6 + 3 + 4
+
+
+def test_sigkill_loses_at_most_the_problem_in_flight(here, engine):
+    script = (
+        "import os, sys, signal, zoomr_cli.solve, zoomr_cli.versions\n"
+        "from fake_engine import FakeEngine, opener\n"
+        "engine = FakeEngine(on_token=lambda: len(engine.prompts) == 7 and os.kill(os.getpid(), signal.SIGKILL))\n"
+        "zoomr_cli.solve.open_engine = opener(engine)\n"
+        "zoomr_cli.versions.versions = lambda: {'zoomr': 'test'}\n"
+        "from zoomr_cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    killed = subprocess.run([sys.executable, "-c", script, *ASK], env={**os.environ, "PYTHONPATH": paths}, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert ids("in.full.jsonl") == ["p0", "p1", "p2", "p3"] and ids("in.zoomr.256.jsonl") == ["p0", "p1"]
+    assert main([*ASK]) == 0
+    assert engine.prompts == ["ask 2", "ask 3", "ask 0", "ask 1", "ask 2", "ask 3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--suite", "none.jsonl"], "error: --suite none.jsonl: No such file or directory"),
+        (["--family", "dags"], "error: --family dags: no such family; there are dag, series"),
+        (["--policy", "full,zomr"], "did you mean zoomr?"),
+        (["--policy", ","], "error: --policy ,: give at least one"),
+        (["--kv-budget", "256,lots"], "error: --kv-budget lots"),
+        (["--kv-budget", "5"], "error: --kv-budget 5: at least"),
+        (["--split", "train"], "error: --split train: choose test or dev"),
+        (["--thoughts", "99"], "takes 1 to"),
+        (["--refresh", "1,x"], "error: --refresh 1,x: give whole numbers"),
+        (["--refresh", "0"], "error: --refresh 0: must be at least 1"),
+        (["--vote-layers", "2,x"], "error: --vote-layers 2,x"),
+        (["-o", "m.gguf"], "error: cannot make the folder m.gguf"),
+    ],
+)
+def test_misuse_is_one_clear_line_and_exit_code_2(here, engine, capsys, arguments, complaint):
+    assert main(["eval", "-n", "1", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and complaint in err and len(err.splitlines()) == 1
+    assert engine.prompts == []
+
+
+def test_a_missing_model_ends_in_1(here, capsys):
+    assert main([*ASK, "-m", "none.gguf"]) == 1
+    assert "error: cannot read the model none.gguf" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_names_the_extra_before_anything_runs(here, engine, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*ASK, "--plot", "p.png"]) == 2
+    assert "zoomr-local[bench]" in capsys.readouterr().err and engine.prompts == []
+
+
+# ---------------------------------------------------------------- the real engine
+
+
+def test_a_small_grid_on_the_real_engine_keeps_every_budget(tmp_path, capsys, monkeypatch):
+    from zoomr_local.errors import LibraryError
+
+    try:
+        from zoomr_cli.versions import versions
+
+        versions()
+    except LibraryError as error:
+        pytest.skip(str(error))
+    monkeypatch.delenv("ZOOMR_MODEL", raising=False)
+    policies = "full,zoomr,sumr,recency,random,streaming"
+    ask = ["eval", "--family", "series", "-n", "3", "--thoughts", "4", "--policy", policies, "--kv-budget", "160,256"]
+    assert main([*ask, "--max-tokens", "240", "-t", "1", "-o", str(tmp_path / "out"), "--json", "-q"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert len(cells) == 11 and all(c["n"] == 3 and c["failed"] == 0 for c in cells)
+    assert all(c["resident_peak"] <= c["kv_budget"] for c in cells if c["kv_budget"])
+    assert all(c["from_full"]["n"] == 3 for c in cells if c["policy"] != "full")
+    assert all(c["resident_peak"] >= c["sequence_mean"] - 1 for c in cells if c["policy"] == "full")

@@ -1,0 +1,299 @@
+"""A grid of policies, budgets and families, every cell of it run over the same problems by the real engine.
+
+Owns what the cells of a grid are, where their records stand, and the running; the command line calls it, and
+Python programs may. A record is `solve.py`'s, its durability `journal.py`'s, what the records come to
+`evaluate_report.py`'s. It opens no engine itself: it is handed a function that does, and knows no terminal.
+
+What makes the cells comparable: the same problems in the same order, the same sampling and the same seed in all
+of them, one limit on reply length per family, and a budget that is the hard peak of cells. `full` needs no budget,
+so it runs once a family and is the other half of every pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .journal import Journal, Manifest, record_key
+from .policies import POLICIES
+from .sampling import SamplingParams
+from .solve import Listener, Problem, Solver, Tally, read_problems, solve_all
+
+if TYPE_CHECKING:
+    from .engine import EngineConfig
+
+REFERENCE = "full"
+"""The policy that the others are paired with."""
+
+_ROUND_TOKENS = 256  # reply limits are multiples of this, so that wording that shifts a trace by a word moves none
+
+
+# ---------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The problems of every family, in the order in which they are asked, and the reply limit of each in tokens."""
+
+    problems: dict[str, list[Problem]]
+    max_tokens: dict[str, int]
+
+    @property
+    def families(self) -> list[str]:
+        """Their names, in order."""
+        return list(self.problems)
+
+
+def bundled_suite(
+    families: Sequence[str] | None, n: int, seed: int, thoughts: int, split: str, max_tokens: int | None
+) -> Suite:
+    """``n`` problems of each family of the bundled tasks, ``thoughts`` thoughts each; None is every family.
+
+    Equal arguments give equal problems, and a greater ``n`` begins with the problems of a smaller one. Without
+    ``max_tokens`` a reply may be about twice as long as the reference trace of the family's first problem: enough
+    for any sound reply, and a model that loops is cut off. Raises UsageError for a family, a number of thoughts
+    or a split that the tasks do not have.
+    """
+    from zoomr_models.tasks import FAMILIES, generate
+
+    chosen = list(families or FAMILIES)
+    problems, limits = {}, {}
+    for family in chosen:
+        if family not in FAMILIES:
+            raise UsageError(f"--family {family}: no such family; there are {', '.join(FAMILIES)}")
+        try:
+            drawn = generate(family, n, seed, thoughts, split)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        problems[family] = [
+            Problem(p.id, ({"role": "user", "content": p.prompt},), p.answer, line) for line, p in enumerate(drawn, 1)
+        ]
+        # The tasks' text has about four characters a token, in this tokenizer and in those of stock models.
+        limits[family] = max_tokens or -(-len(drawn[0].trace) // 2 // _ROUND_TOKENS) * _ROUND_TOKENS
+    return Suite(problems, limits)
+
+
+def file_suite(
+    lines: Sequence[bytes], source: str, families: Sequence[str] | None, n: int | None, max_tokens: int
+) -> Suite:
+    """The first ``n`` problems (None: all) of each family in a JSONL input as `solve` reads it.
+
+    A line's ``family`` groups it; lines without one are of the family named after the file. Raises UsageError
+    for what `read_problems` refuses, for problems without a reference answer and for a family the input lacks.
+    """
+    problems = read_problems(lines, source)
+    unanswered = [str(p.id) for p in problems if p.answer is None]
+    if unanswered:
+        raise UsageError(f'{source}: {len(unanswered)} problems have no "answer" to compare with: '
+                         f"{', '.join(unanswered[:5])}{', ...' if len(unanswered) > 5 else ''}")
+    grouped: dict[str, list[Problem]] = {}
+    for problem in problems:
+        family = json.loads(lines[problem.line - 1].decode("utf-8-sig")).get("family")
+        grouped.setdefault(str(family) if family else Path(source).stem, []).append(problem)
+    for family in families or ():
+        if family not in grouped:
+            raise UsageError(f"--family {family}: {source} has none of it; it has {', '.join(grouped)}")
+    chosen = {family: grouped[family][:n] for family in families or grouped}
+    return Suite(chosen, dict.fromkeys(chosen, max_tokens))
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One family under one configuration. ``choices`` are the compared settings by which it differs from others."""
+
+    family: str
+    config: EngineConfig
+    choices: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def policy(self) -> str:
+        """The policy's name."""
+        return self.config.policy
+
+    @property
+    def budget_tokens(self) -> int | None:
+        """The hard peak of cells; None for ``full``, which has none."""
+        return None if self.policy == REFERENCE else self.config.kv_budget
+
+    @property
+    def settings_text(self) -> str:
+        """The compared settings, ``refresh=8 window=64``; empty where nothing is compared."""
+        return " ".join(f"{name}={_setting_text(value)}" for name, value in self.choices)
+
+    @property
+    def label(self) -> str:
+        """The cell in a few words for people."""
+        budget = [] if self.budget_tokens is None else [str(self.budget_tokens)]
+        return " ".join([self.family, self.policy, *budget, *self.settings_text.split()])
+
+    @property
+    def file_name(self) -> str:
+        """Where its records stand in the output folder; different cells never share a file."""
+        family = re.sub(r"[^\w-]", "_", self.family)
+        if family != self.family:
+            family += "-" + hashlib.sha256(self.family.encode()).hexdigest()[:8]
+        budget = [] if self.budget_tokens is None else [str(self.budget_tokens)]
+        return ".".join([family, self.policy, *budget, *self.settings_text.split(), "jsonl"])
+
+
+def _setting_text(value: Any) -> str:
+    if value is None:
+        return "default"
+    return ("+".join(map(str, value)) or "all") if isinstance(value, tuple) else str(value)
+
+
+def grid(
+    families: Iterable[str], policies: Sequence[str], budgets: Sequence[int], base: EngineConfig,
+    choices: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Cell]:  # fmt: skip
+    """Every cell, family by family, ``full`` first so that the others can be compared as soon as they end.
+
+    ``choices`` maps a field of EngineConfig to the values to try; policies that take votes run with every
+    combination, the others once a budget, because the settings mean nothing to them. A field with one value is
+    set but not compared. Raises UsageError (BudgetError) for settings the engine refuses.
+    """
+    given = {name: list(dict.fromkeys(values)) for name, values in (choices or {}).items() if values}
+    fixed = {name: values[0] for name, values in given.items() if len(values) == 1}
+    compared = {name: values for name, values in given.items() if len(values) > 1}
+    ordered = sorted(dict.fromkeys(policies), key=lambda name: name != REFERENCE)
+    cells: dict[Cell, None] = {}
+    for family, policy in itertools.product(families, ordered):
+        votes = POLICIES[policy].uses_votes
+        combinations = list(itertools.product(*compared.values())) if votes else [()]
+        for budget in [base.kv_budget] if policy == REFERENCE else budgets:
+            config = replace(base, policy=policy, kv_budget=budget, **(fixed if votes else {}))
+            for values in combinations:
+                chosen = tuple(zip(compared, values, strict=bool(values)))
+                cells[Cell(family, replace(config, **dict(chosen)), chosen)] = None
+    return list(cells)
+
+
+# ---------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is wanted of `evaluate`: the cells, their problems, and where records go.
+
+    ``model`` and ``versions`` are a manifest's; ``info`` is kept beside them for the reader. ``open_engine`` gives a
+    model and an engine for a configuration, as a context manager. ``stopping`` is asked after every event.
+    ``debug`` raises what would become a failed record.
+    """
+
+    cells: list[Cell]
+    suite: Suite
+    folder: Path
+    open_engine: Callable[[EngineConfig], AbstractContextManager[tuple[Any, Any]]]
+    model: dict[str, Any]
+    versions: dict[str, Any]
+    sampling: SamplingParams = SamplingParams()
+    n_gpu_layers: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+    stopping: Callable[[], bool] = lambda: False
+    debug: bool = False
+
+    def manifest(self, cell: Cell) -> Manifest:
+        """What a cell's records have in common; a second start with anything else is refused by name."""
+        asked = asdict(cell.config)
+        threads = asked.pop("threads")  # changes speed, not results
+        asked["kv_budget"] = cell.budget_tokens
+        settings = {
+            **asked, "sampling": asdict(self.sampling), "max_tokens": self.suite.max_tokens[cell.family],
+            "n_gpu_layers": self.n_gpu_layers,
+        }  # fmt: skip
+        return Manifest(settings, self.model, self.versions, {**self.info, "threads": threads})
+
+
+Watch = Callable[[int, Cell, Tally], AbstractContextManager[Listener]]
+"""Makes the listener of one cell from its number (0 first), the cell and the tally of what is done already."""
+
+
+def evaluate(
+    run: Run, watch: Watch, overwrite: bool = False, retry_failed: bool = False
+) -> dict[Cell, list[dict[str, Any]]] | None:
+    """Run what is not on the disk yet; the records of every cell, in the problems' order. None if told to stop.
+
+    Each record is on the disk before the next problem begins, and a second call goes on where the first ended,
+    however it ended. Every cell's file is checked before anything runs: raises UsageError if one was made with
+    other settings, another model or other problems, or is held by another process.
+    """
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {run.folder}: {error.strerror}; choose another with -o") from error
+    for cell in run.cells:
+        with _open(run, cell) as journal:
+            if not overwrite:
+                _sort_out(run, cell, journal)
+    found = {}
+    for number, cell in enumerate(run.cells):
+        with _open(run, cell) as journal:
+            if not _run_cell(run, number, cell, journal, watch, overwrite, retry_failed):
+                return None
+            done = {str(record["id"]): record for record in journal.records}
+        found[cell] = [done[str(problem.id)] for problem in run.suite.problems[cell.family]]
+    return found
+
+
+def _open(run: Run, cell: Cell) -> Journal:
+    return Journal.open(run.folder / cell.file_name)
+
+
+def _run_cell(
+    run: Run, number: int, cell: Cell, journal: Journal, watch: Watch, overwrite: bool, retry_failed: bool
+) -> bool:
+    """Run what one cell lacks; False if told to stop on the way."""
+    manifest = run.manifest(cell)
+    tally, left = Tally(), run.suite.problems[cell.family]
+    if not overwrite:
+        done, left = _sort_out(run, cell, journal, retry_failed)
+        for record in done:
+            tally.add(record)
+    if not left:
+        return True
+    with run.open_engine(cell.config) as (model, engine):
+        manifest.info["resolved"] = engine.resolved()
+        keep = (lambda record: "error" not in record) if retry_failed else None
+        journal.begin(manifest, overwrite, keep)
+        solver = Solver(
+            model, engine, run.sampling, run.suite.max_tokens[cell.family],
+            lambda problem: record_key(problem.asked(), manifest), run.stopping, run.debug,
+        )  # fmt: skip
+        with watch(number, cell, tally) as listener:
+            return solve_all(left, solver, journal.append, listener)
+
+
+def _sort_out(
+    run: Run, cell: Cell, journal: Journal, retry_failed: bool = False
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """The records that one cell has, and the problems that it lacks. Raises UsageError as `evaluate` does."""
+    manifest = run.manifest(cell)
+    journal.check(manifest)
+    held = {str(r["id"]): r for r in journal.records if not (retry_failed and "error" in r)}
+    done, left, changed = [], [], []
+    for problem in run.suite.problems[cell.family]:
+        record = held.get(str(problem.id))
+        if record is None:
+            left.append(problem)
+        elif record.get("key") != record_key(problem.asked(), manifest):
+            changed.append(str(problem.id))
+        else:
+            done.append(record)
+    if changed:
+        raise UsageError(
+            f"{journal.path} has records of {len(changed)} problems whose prompt or answer has changed since:"
+            f" {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''};"
+            " choose another output folder with -o, or start again with --overwrite"
+        )
+    return done, left
