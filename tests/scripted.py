@@ -20,6 +20,7 @@ class ScriptedModel:
     """Vocabulary of the scripts: ids below 10 are special, STOP ends a sentence, the rest are words."""
 
     n_vocab = 100
+    n_ctx_train = 1000
     name = "scripted"
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from scripted import EOS, SPECIAL, STOP, WORD, BookContext, ScriptedModel, Scrip
 from zoomr_local import generation
 from zoomr_local.block_generation import BlockGeneration
 from zoomr_local.errors import BudgetError
-from zoomr_local.events import BlockClosed, Finished, PagedIn, PagedOut, Refreshed, Split, TokenDecoded
+from zoomr_local.events import BlockClosed, Finished, PagedIn, PagedOut, Refreshed, Split, TokenDecoded, Warned
 from zoomr_local.generation import TokenGeneration
 from zoomr_local.policies import POLICIES, Settings
 from zoomr_local.sampling import SamplingParams
@@ -166,6 +166,12 @@ def test_text_is_sorted_into_reasoning_and_content():
     done = run("zoomr", 200, words(5), script)[2][-1]
     assert done.content == " w10" and done.reasoning == " w12 w13<|begin_of_summary|> w12<|end_of_summary|>"
     assert (done.completion_tokens, done.reasoning_tokens) == (7, 3)
+
+
+@pytest.mark.parametrize("prompt, script, warnings", [(900, 90, 0), (900, 150, 1), (1200, 50, 1)])
+def test_text_beyond_the_trained_positions_is_said_once(prompt, script, warnings):
+    events = run("zoomr", 300, words(prompt), words(script))[2]
+    assert len(of(Warned, events)) == warnings
 
 
 def test_max_tokens_ends_with_length():

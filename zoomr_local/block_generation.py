@@ -56,12 +56,13 @@ class BlockGeneration(Generation):
         yield from self._make_room(1)
         rows, blocks = self.index.n_rows if self.index is not None else 0, len(self.timeline.blocks)
         position = self._decode_token(token)
-        voting = rows and not self.cache.everything_resident
+        # votes count from shortly before the first page-out, so that it is not made blindly
+        voting = rows and (not self.cache.everything_resident or self.cache.free_tokens < 2 * ROOM_TOKENS)
         if voting:
             self.index.vote(rows, blocks)
         closed = yield from self._boundaries(position, fed, text)
         self._since_refresh += 1
-        if voting:
+        if voting and not self.cache.everything_resident:
             reason = self._due(closed or fed.opens_summary, text)
             if reason:
                 yield from self._refresh(reason, ROOM_TOKENS)

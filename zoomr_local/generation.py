@@ -14,7 +14,7 @@ import numpy as np
 
 from .dialects import SUMMARY_CLOSE, SUMMARY_OPEN, Fed, LearnedDialect
 from .errors import BudgetError, EngineError
-from .events import CacheStats, Event, Finished, PromptProgress, TokenDecoded
+from .events import CacheStats, Event, Finished, PromptProgress, TokenDecoded, Warned
 from .kv_cache import KVCache
 from .libllama import LlamaContext, LlamaSampler
 from .model import Model
@@ -32,8 +32,7 @@ class Generation:
     ) -> None:
         self.model, self.context, self.policy, self.batch_tokens = model, context, policy, batch_tokens
         self.timeline = Timeline()
-        self.cache = KVCache(context, tier, budget_tokens)
-        self.cache.begin(self.timeline)
+        self.cache = KVCache(context, tier, budget_tokens, self.timeline)
         self.cancelled = False
         self.refreshes = self.splits = 0
         self.agreements: list[float] = []
@@ -50,6 +49,8 @@ class Generation:
         )
         try:
             started = time.perf_counter()
+            if len(prompt) > self.model.llama.n_ctx_train:
+                yield self._beyond_training()
             yield from self.prefill(prompt)
             if sampling.repeat_penalty != 1.0:
                 for token in prompt[-sampling.repeat_last_n :]:
@@ -93,12 +94,18 @@ class Generation:
             if met:
                 return "stop"
             yield from self.step(token, fed, text)
+            if len(self.timeline) == llama.n_ctx_train + 1:
+                yield self._beyond_training()
             self._steps += 1
             self._resident_sum += self.cache.resident_tokens
             if self.cancelled:
                 break
         self._write(stop.flush() + utf8.decode(b"", True))
         return "cancelled" if self.cancelled else "length"
+
+    def _beyond_training(self) -> Warned:
+        trained = self.model.llama.n_ctx_train
+        return Warned(f"{self.model.name} was trained on {trained} positions; what it writes beyond them may be worse")
 
     def _note(self, fed: Fed, text: str) -> None:
         if fed.role == "marker":

@@ -44,7 +44,10 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """``settings.kv_budget: 512 there, 256 now`` for each compared field in which ``other`` (now) differs."""
         found = []
-        for part in ("settings", "model", "versions"):
+        if _plain(self.model) != _plain(other.model):
+            there, now = self.model.get("file"), other.model.get("file")
+            found.append(f"model: {there} there, {now} now" if there != now else f"model: another {now} than there")
+        for part in ("settings", "versions"):
             there, now = _plain(getattr(self, part)), _plain(getattr(other, part))
             for name in sorted(there.keys() | now.keys()):
                 if there.get(name) != now.get(name):
@@ -79,7 +82,7 @@ def model_fingerprint(path: Path) -> dict[str, Any]:
             file.seek(-_EDGE_BYTES, os.SEEK_END)
             digest.update(file.read())
     whole = size <= 2 * _EDGE_BYTES
-    return {"file": path.name, "bytes": size, "sha256" if whole else "sha256_of_ends": digest.hexdigest()}
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest(), "hashed": "all" if whole else "both ends"}
 
 
 class Journal:
@@ -154,8 +157,11 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record as one line and return when it is on the disk. Raises OSError (disk full)."""
-        write_line(self._file, record)
-        os.fsync(self._file)
+        try:
+            _write_line(self._file, record)
+            os.fsync(self._file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.records.append(record)
 
     def close(self) -> None:
@@ -192,7 +198,7 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".manifest.json")
 
 
-def write_line(file: int, record: dict[str, Any]) -> None:
+def _write_line(file: int, record: dict[str, Any]) -> None:
     """Write one record to an open file descriptor, all of it or OSError."""
     data = _line(record)
     while data:

@@ -27,22 +27,20 @@ PARTS = ("detail", "summary")
 class KVCache:
     """The cells of one sequence under a budget, and the pages of what left them."""
 
-    def __init__(self, context: LlamaContext, tier: RamTier, budget_tokens: int, sequence: int = 0) -> None:
+    def __init__(
+        self, context: LlamaContext, tier: RamTier, budget_tokens: int, timeline: Timeline, sequence: int = 0
+    ) -> None:
+        """Empties every cell and every page, and starts on ``timeline``."""
         self.context, self.tier, self.budget_tokens, self.sequence = context, tier, budget_tokens, sequence
-        self.begin(Timeline())
-
-    def begin(self, timeline: Timeline) -> None:
-        """Empty every cell and every page and start on ``timeline``."""
+        self.timeline = timeline
         self.context.clear()
         self.tier.clear()
-        self.timeline = timeline
-        self.resident_tokens = 0
-        self.peak_tokens = 0
-        self.pages: dict[tuple[int, str], Page] = {}
+        self.resident_tokens = self.peak_tokens = 0
         self.page_ins = self.page_outs = self.dropped_tokens = 0
-        self._away = 0
+        self.pages: dict[tuple[int, str], Page] = {}
         self._in = {part: np.zeros(64, bool) for part in PARTS}
         self._last_used = np.zeros(64, np.int64)
+        self._away = 0
 
     @property
     def free_tokens(self) -> int:
