@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        return _fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", 1)
 
 
 def _fail(message: str, code: int) -> int:

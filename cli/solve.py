@@ -170,7 +170,7 @@ class Job:
         threads = asked.pop("threads")  # changes speed, not results
         if self.config.policy == "full":
             asked["kv_budget"] = None
-        settings = {**asked, "sampling": asdict(self.sampling), "max_tokens": self.max_tokens, "n_gpu_layers": self.n_gpu_layers}
+        settings = {**asked, **asdict(self.sampling), "max_tokens": self.max_tokens, "n_gpu_layers": self.n_gpu_layers}
         return Manifest(settings, fingerprint, versions(), {"command": self.command(), "threads": threads})
 
     def _left(self, journal: Journal, manifest: Manifest, tally: Tally, retry_failed: bool) -> list[Problem]:

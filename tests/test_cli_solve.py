@@ -73,7 +73,7 @@ def test_flags_reach_engine_and_manifest(here, engine):
     assert (config.kv_budget, config.kv_type, config.flash_attn, config.window) == (4096, "q8_0", False, 64)
     assert (config.vote_layers, config.threads) == ((2, 3), 2)
     stored = json.loads(manifest_path(Path("out.jsonl")).read_text())
-    assert stored["settings"]["sampling"]["stop"] == ["a", "b"]
+    assert stored["settings"]["stop"] == ["a", "b"]
     assert stored["settings"]["max_tokens"] == 99
     assert "threads" not in stored["settings"] and stored["info"]["threads"] == 2
     assert stored["info"]["command"].startswith("zoomr solve in.jsonl -o out.jsonl --kv-budget 4k")
@@ -136,7 +136,7 @@ def test_a_torn_last_line_is_named_cut_off_and_solved_again(here, engine, capsys
     ("flags", "field"),
     [
         (["--kv-budget", "256"], "settings.kv_budget: 512 there, 256 now"),
-        (["--temp", "1"], "settings.sampling"),
+        (["--temp", "1"], "settings.temperature: 0.0 there, 1.0 now"),
         (["-n", "7"], "settings.max_tokens: 4096 there, 7 now"),
         (["--policy", "full"], 'settings.policy: "zoomr" there, "full" now'),
     ],
@@ -155,7 +155,7 @@ def test_another_model_under_the_same_name_is_refused(here, capsys):
     run("in.jsonl", "-o", "out.jsonl", "--limit", "5")
     Path("m.gguf").write_bytes(b"GGUG")
     assert run("in.jsonl", "-o", "out.jsonl") == 2
-    assert "model.sha256" in capsys.readouterr().err
+    assert "model: another m.gguf than there" in capsys.readouterr().err
 
 
 def test_overwrite_starts_again(here, engine):
@@ -201,6 +201,16 @@ def test_failed_problems_stay_failed_until_a_retry_is_asked_for(here, engine):
     assert engine.prompts == ["ask 4"]
     assert sorted(r["id"] for r in records()) == [f"p{i}" for i in range(10)]
     assert not any("error" in r for r in records())
+
+
+def test_a_full_disk_ends_the_run_with_the_file_named(here, engine, capsys, monkeypatch):
+    def no_space(file, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zoomr_local.journal._write_line", no_space)
+    assert run("in.jsonl", "-o", "out.jsonl") == 1
+    assert "error: out.jsonl: No space left on device" in capsys.readouterr().err
+    assert engine.prompts == ["ask 0"]
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(here, engine, capsys):

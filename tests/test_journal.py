@@ -90,7 +90,7 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(out):
     ("changed", "named"),
     [
         (Manifest({"policy": "zoomr", "kv_budget": 256}, MANIFEST.model, MANIFEST.versions), "settings.kv_budget: 512 there, 256 now"),
-        (Manifest(MANIFEST.settings, {"file": "n.gguf"}, MANIFEST.versions), 'model.file: "m.gguf" there, "n.gguf" now'),
+        (Manifest(MANIFEST.settings, {"file": "n.gguf"}, MANIFEST.versions), 'model: m.gguf there, n.gguf now'),
         (Manifest(MANIFEST.settings, MANIFEST.model, {"zoomr": "2"}), 'versions.zoomr: "1" there, "2" now'),
     ],
 )
