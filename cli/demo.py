@@ -29,7 +29,10 @@ _MOST_CHARS = 400  # of a question or a reply: about five lines
 def demo(
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Compare these (repeatable). Default: full and zoomr.", show_default=False, autocompletion=options._policy_names),
+        typer.Option(
+            "--policy", metavar="NAME", autocompletion=options.policy_names,
+            help="Compare these (repeatable). Default: full and zoomr.",
+        ),  # fmt: skip
     ] = None,
     kv_budget: Annotated[
         str, typer.Option("--kv-budget", metavar="TOKENS", help="Cells of KV cache for every policy but full.")
@@ -53,7 +56,8 @@ def demo(
         print(f"{len(problems)} problems, {path.name}, policies {', '.join(names)}", file=sys.stderr)
     runs = []
     for name in names:
-        config = EngineConfig(policy=name, threads=options.thread_count(threads, path), **({} if name == "full" else {"kv_budget": tokens}))
+        budget = {} if name == "full" else {"kv_budget": tokens}
+        config = EngineConfig(policy=name, threads=options.thread_count(threads, path), **budget)
         runs.append(_run(name, config, problems, path, n_gpu_layers, quiet))
     if as_json:
         print(json.dumps(_as_dict(path.name, runs)))

@@ -18,7 +18,8 @@ _SMALL_MODEL_BYTES = 32 << 20
 _MODEL, _CACHE, _SELECT, _SAMPLE = "Model", "KV cache", "What is zoomed", "Sampling"
 
 
-def _policy_names() -> list[str]:
+def policy_names() -> list[str]:
+    """The registry's names, for completion in a shell and for messages."""
     from zoomr_local.policies import POLICIES
 
     return list(POLICIES)
@@ -30,44 +31,63 @@ def _option(panel: str, *names: str, **more) -> typer.models.OptionInfo:
 
 Model = Annotated[
     Path | None,
-    _option(_MODEL, "-m", "--model", metavar="FILE", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny.", show_default=False),
+    _option(_MODEL, "-m", "--model", metavar="FILE", envvar="ZOOMR_MODEL", help="A .gguf file. Default: the bundled zoomr-tiny."),
 ]
-GpuLayers = Annotated[int, _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one.")]
+GpuLayers = Annotated[
+    int,
+    _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one."),
+]
 Threads = Annotated[
     int | None,
-    _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: one a core; 1 for models below 32 MiB.", show_default=False),
+    _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: one a core; 1 for models below 32 MiB."),
 ]
 
 Policy = Annotated[
-    str, _option(_CACHE, "--policy", metavar="NAME", help="What stays in the cache; `zoomr policies` lists them.", autocompletion=_policy_names)
+    str,
+    _option(
+        _CACHE, "--policy", metavar="NAME", autocompletion=policy_names,
+        help="What stays in the cache; `zoomr policies` lists them.",
+    ),  # fmt: skip
 ]
 KvBudget = Annotated[
     str | None,
-    _option(_CACHE, "--kv-budget", metavar="TOKENS", help="Cells of KV cache, never exceeded: 512, 4k. Default: 512.", show_default=False),
+    _option(_CACHE, "--kv-budget", metavar="TOKENS", help="Cells of KV cache, never exceeded: 512, 4k. Default: 512."),
 ]
 KvType = Annotated[str, _option(_CACHE, "--kv-type", metavar="TYPE", help="Type of K and V in cells: f16 or q8_0.")]
 FlashAttn = Annotated[bool, _option(_CACHE, "--flash-attn/--no-flash-attn", help="Fused attention kernels.")]
 
-Refresh = Annotated[int | None, _option(_SELECT, "--refresh", metavar="N", help="Tokens between two selections, at most.", show_default=False)]
-VotesPerHead = Annotated[int | None, _option(_SELECT, "--votes-per-head", metavar="N", help="Blocks each head votes for.", show_default=False)]
-ZoomedBlocks = Annotated[int | None, _option(_SELECT, "--zoomed-blocks", metavar="N", help="Most blocks zoomed at once.", show_default=False)]
-Window = Annotated[int | None, _option(_SELECT, "--window", metavar="N", help="Tokens of the newest blocks that stay whole.", show_default=False)]
-VoteWindow = Annotated[int | None, _option(_SELECT, "--vote-window", metavar="N", help="Tokens whose votes are summed.", show_default=False)]
-VoteLayers = Annotated[
-    str | None, _option(_SELECT, "--vote-layers", metavar="LIST", help="Layers that vote: 2,3. Default: all.", show_default=False)
+Refresh = Annotated[int | None, _option(_SELECT, "--refresh", metavar="N", help="Tokens between two selections, at most.")]
+VotesPerHead = Annotated[int | None, _option(_SELECT, "--votes-per-head", metavar="N", help="Blocks each head votes for.")]
+ZoomedBlocks = Annotated[int | None, _option(_SELECT, "--zoomed-blocks", metavar="N", help="Most blocks zoomed at once.")]
+Window = Annotated[
+    int | None,
+    _option(_SELECT, "--window", metavar="N", help="Tokens of the newest blocks that stay whole."),
 ]
-Sinks = Annotated[int, _option(_SELECT, "--sinks", metavar="N", help="First tokens kept by policies that do not pin the prompt.")]
+VoteWindow = Annotated[int | None, _option(_SELECT, "--vote-window", metavar="N", help="Tokens whose votes are summed.")]
+VoteLayers = Annotated[
+    str | None, _option(_SELECT, "--vote-layers", metavar="LIST", help="Layers that vote: 2,3. Default: all.")
+]
+Sinks = Annotated[
+    int,
+    _option(_SELECT, "--sinks", metavar="N", help="First tokens kept by policies that do not pin the prompt."),
+]
 
-MaxTokens = Annotated[int, _option(_SAMPLE, "-n", "--max-tokens", metavar="N", min=1, help="Most tokens of a reply, thoughts included.")]
+MaxTokens = Annotated[
+    int,
+    _option(_SAMPLE, "-n", "--max-tokens", metavar="N", min=1, help="Most tokens of a reply, thoughts included."),
+]
 Temperature = Annotated[float, _option(_SAMPLE, "--temp", metavar="X", help="0 is greedy.")]
 TopK = Annotated[int, _option(_SAMPLE, "--top-k", metavar="N", help="0 is off.")]
 TopP = Annotated[float, _option(_SAMPLE, "--top-p", metavar="X", help="1 is off.")]
 MinP = Annotated[float, _option(_SAMPLE, "--min-p", metavar="X", help="0 is off.")]
 RepeatPenalty = Annotated[float, _option(_SAMPLE, "--repeat-penalty", metavar="X", help="1 is off.")]
-RepeatLastN = Annotated[int, _option(_SAMPLE, "--repeat-last-n", metavar="N", help="Tokens the repetition penalty looks back.")]
+RepeatLastN = Annotated[
+    int,
+    _option(_SAMPLE, "--repeat-last-n", metavar="N", help="Tokens the repetition penalty looks back."),
+]
 Seed = Annotated[int, _option(_SAMPLE, "--seed", metavar="N", help="Seed of sampling and of policy `random`.")]
 Stop = Annotated[
-    list[str] | None, _option(_SAMPLE, "--stop", metavar="TEXT", help="End the reply here (repeatable).", show_default=False)
+    list[str] | None, _option(_SAMPLE, "--stop", metavar="TEXT", help="End the reply here (repeatable).")
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
@@ -111,7 +131,7 @@ def known_policy(name: str) -> str:
     """``name`` if it is in the registry. Raises UsageError with the nearest name and the list."""
     import difflib
 
-    names = _policy_names()
+    names = policy_names()
     if name in names:
         return name
     near = difflib.get_close_matches(name, names, n=1)

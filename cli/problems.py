@@ -19,7 +19,7 @@ def problems(
     thoughts: Annotated[int, typer.Option("--thoughts", metavar="N", min=1, help="Steps each problem takes.")] = 8,
     split: Annotated[str, typer.Option("--split", metavar="NAME", help="train, dev or test; no problem is in two of them.")] = "test",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A new file. Default: stdout.", show_default=False)
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A new file. Default: stdout.")
     ] = None,
 ) -> None:
     """Write generated problems as JSONL: id, prompt, answer, family, thoughts."""

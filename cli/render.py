@@ -154,7 +154,7 @@ class PlainProgress(_Speaking):
             parts.append(f"{tally.failed} failed")
         if rate is not None:
             parts.append(f"{rate:.0f} tokens/s")
-        parts.append(f"{self.resident_tokens} {'of ' + str(self.budget_tokens) + ' ' if self.budget_tokens else ''}cells")
+        parts.append(f"{self.resident_tokens}{f' of {self.budget_tokens}' if self.budget_tokens else ''} cells")
         if eta and tally.done < self.total:
             parts.append(f"about {human_seconds(eta)} left")
         return f"{self.label}: " + ", ".join(parts)
@@ -166,7 +166,8 @@ class BarProgress(_Speaking):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self._bar = Progress(
-            TextColumn(self.label), TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=_BAR_COLUMNS), TextColumn("{task.fields[facts]}"),
+            TextColumn(self.label), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=_BAR_COLUMNS), TextColumn("{task.fields[facts]}"),
             console=self.console, auto_refresh=False, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=self.total, completed=self.tally.done, facts="")

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
     from zoomr_local.sampling import SamplingParams
     from zoomr_local.solve import Problem
 
+Input = Annotated[str, typer.Argument(help="JSONL: id, prompt or messages, perhaps answer; - is stdin.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE",
+        help="One record a problem; - is stdout. Default: FILE.POLICY.out.jsonl here.",
+    ),
+]  # fmt: skip
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Throw away the output's records and start again.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Solve the failed ones of an earlier run again.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems.")]
+
 STDIO = "-"
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -35,14 +47,11 @@ INTERRUPTED = 130
 
 def solve(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="JSONL: id, prompt or messages, perhaps answer; - is stdin.", show_default=False)],
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="One record a problem; - is stdout. Default: FILE.POLICY.out.jsonl here.", show_default=False),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the output's records and start again.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Solve the failed ones of an earlier run again.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems.", show_default=False)] = None,
+    file: Input,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    retry_failed: RetryFailed = False,
+    limit: Limit = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     model: options.Model = None,
@@ -70,13 +79,11 @@ def solve(
     stop: options.Stop = None,
 ) -> int:
     """Solve a file of problems; start the same command again to go on after any interruption."""
-    from zoomr_local.solve import read_problems
-
     options.known_policy(policy)
     target = output or _default_output(file, policy)
     if as_json and target == STDIO:
         raise UsageError("--json and -o - both want stdout; give the records a file with -o, or leave out --json")
-    problems = read_problems(_input_lines(file), "standard input" if file == STDIO else file)[:limit]
+    problems = _problems(file)[:limit]
 
     from zoomr_local.engine import EngineConfig  # loads the native library
     from zoomr_local.sampling import SamplingParams
@@ -84,8 +91,9 @@ def solve(
     path = options.model_path(model)
     config = EngineConfig(
         policy=policy, **options.budget(policy, kv_budget), kv_type=kv_type, flash_attn=flash_attn,
-        threads=options.thread_count(threads, path), refresh=refresh, votes_per_head=votes_per_head, zoomed_blocks=zoomed_blocks, window=window,
-        vote_window=vote_window, vote_layers=options.layer_list(vote_layers), sinks=sinks, seed=seed,
+        threads=options.thread_count(threads, path), refresh=refresh, votes_per_head=votes_per_head,
+        zoomed_blocks=zoomed_blocks, window=window, vote_window=vote_window,
+        vote_layers=options.layer_list(vote_layers), sinks=sinks, seed=seed,
     )  # fmt: skip
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()))
     job = Job(problems, config, sampling, max_tokens, path, n_gpu_layers, as_json, quiet, context.obj)
@@ -259,13 +267,16 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _input_lines(file: str) -> list[bytes]:
+def _problems(file: str) -> list[Problem]:
+    from zoomr_local.solve import read_problems
+
     if file == STDIO:
-        return sys.stdin.buffer.read().split(b"\n")
+        return read_problems(sys.stdin.buffer.read().split(b"\n"), "standard input")
     try:
-        return Path(file).read_bytes().split(b"\n")
+        data = Path(file).read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}; give a JSONL file, or - for stdin") from error
+    return read_problems(data.split(b"\n"), file)
 
 
 def _default_output(file: str, policy: str) -> str:
