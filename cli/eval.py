@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,9 +75,11 @@ def evaluation(
     """Compare policies at equal budgets on the same problems; start the same command again to go on."""
     from zoomr_local.engine import EngineConfig
     from zoomr_local.evaluate import grid
+    from zoomr_local.evaluate_report import require_matplotlib
     from zoomr_local.sampling import SamplingParams
 
-    _check_plot(plot)
+    if plot is not None:
+        require_matplotlib()  # before hours of running, not after
     problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
     policies = [options.known_policy(name) for name in _names("--policy", policy)]
     budgets = [options.token_count("--kv-budget", part) for part in _names("--kv-budget", kv_budget)]
@@ -138,7 +141,7 @@ def _result(run: Run, found: Any, asked: dict[str, Any]) -> dict[str, Any]:
     from zoomr_local.evaluate_report import report
 
     return {
-        "command": run.info["command"], "asked": asked, "max_tokens": run.suite.max_tokens,
+        "date": datetime.now(timezone.utc).date().isoformat(), "command": run.info["command"], "asked": asked, "max_tokens": run.suite.max_tokens,
         "temperature": run.sampling.temperature, "model": run.model, "versions": run.versions,
         "kv_type": run.cells[0].config.kv_type, "threads": run.cells[0].config.threads,
         "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
@@ -280,17 +283,6 @@ def _suite(
     except OSError as error:
         raise UsageError(f"--suite {suite}: {error.strerror}; give {BUNDLED} or a JSONL file") from error
     return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS)
-
-
-def _check_plot(path: Path | None) -> None:
-    """A drawing that cannot be made is refused before hours of running, not after."""
-    from zoomr_local.evaluate_report import require_matplotlib
-
-    if path is None:
-        return
-    require_matplotlib()
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
 
 
 def _command(arguments: list[str], without: tuple[str, ...] = ()) -> str:

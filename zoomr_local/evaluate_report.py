@@ -241,7 +241,8 @@ def require_matplotlib() -> None:
 def plot(path: Path, result: Mapping[str, Any]) -> None:
     """Accuracy against peak resident cells as a PNG: a panel a family, a line a policy, bars of 95 %.
 
-    Raises UsageError if matplotlib is missing.
+    Lines stand a hundredth apart, because budgets are equal and bars would hide each other. Raises
+    UsageError if matplotlib is missing.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -256,6 +257,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share of right answers, 95 % interval")
     figure.axes[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -263,7 +265,7 @@ def _draw_family(axes: Any, cells: Iterable[Mapping[str, Any]]) -> None:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         lines.setdefault(f"{cell['policy']} {cell['settings_text']}".strip(), []).append(cell)
-    for name, points in lines.items():
+    for number, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda c: c["resident_peak"])
         shares = [c["accuracy"] for c in points]
         below = [c["accuracy"] - c["wilson95"][0] for c in points]
@@ -271,6 +273,7 @@ def _draw_family(axes: Any, cells: Iterable[Mapping[str, Any]]) -> None:
         style = {"color": "black", "linestyle": "none"} if name == REFERENCE else {}
         # Rounding may put a bound a hair inside its share, and matplotlib refuses bars of negative length.
         bars = [[max(0.0, b) for b in below], [max(0.0, a) for a in above]]
-        drawn = axes.errorbar([c["resident_peak"] for c in points], shares, bars, marker="o", markersize=4, capsize=2, label=name, **style)
+        cells_used = [c["resident_peak"] * (1 + 0.01 * (number - len(lines) / 2)) for c in points]
+        drawn = axes.errorbar(cells_used, shares, bars, marker="o", markersize=4, capsize=2, label=name, **style)
         if name == REFERENCE:
             axes.axhline(shares[0], color=drawn[0].get_color(), linestyle=":", linewidth=1)

@@ -1,0 +1,198 @@
+"""Writes the figures of docs/accuracy.md from result files of `zoomr eval`: python -m benchmarks.accuracy RESULT.json ...
+
+The bars are the project's own, stated before anything was measured. Every bar is judged on the measured shares,
+its intervals stand in the table; a bar that no cell of the results speaks to is said to be not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import table
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "accuracy.md"
+CONTROLS = ("recency", "random", "streaming", "sumr")
+MARKS = {name: (f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("bars", "figures")}
+
+Result = dict[str, Any]
+Cell = dict[str, Any]
+Bar = tuple[str, str, bool | None]
+"""What is asked, what was measured, and whether it is met; None where nothing was measured."""
+
+
+# ---------------------------------------------------------------- bars
+
+
+def bars(result: Result) -> list[Bar]:
+    """Every bar of the project against one result, those that are not met first, then those not measured."""
+    families = list(dict.fromkeys(cell["family"] for cell in result["cells"]))
+    found = [bar for family in families for bar in _family_bars(result, family)]
+    found.append(_time_bar(result))
+    found.append(("breadcrumbs at c = 8: at least 80 % of the uncompressed model's accuracy", "not measured", None))
+    return sorted(found, key=lambda bar: (True if bar[2] is None else bar[2], bar[2] is not None))
+
+
+def _family_bars(result: Result, family: str) -> list[Bar]:
+    full = _find(result, family, "full", None)
+    if full is None:
+        return [(f"{family}: full", "not measured", None)]
+    found: list[Bar] = [(f"{family}: full, at least 97 % right", _share(full), full["accuracy"] >= 0.97)]
+    for part, name in ((4, "a quarter"), (8, "an eighth"))[: 2 if family == "series" else 1]:
+        budget = _budget(result, family, full["sequence_mean"] / part)
+        where = f"{family}, {name} of the full trace"
+        if budget is None:
+            found.append((f"{where}: zoomr within 2 points of full", f"not measured: it is {full['sequence_mean'] / part:.0f} cells", None))
+            continue
+        where = f"{where} ({budget} cells)"
+        found.append(_gap(result, family, "zoomr", budget, f"{where}: zoomr within 2 points of full", lambda d: d >= -0.02))
+        for control in CONTROLS:
+            asked = f"{where}: {control} at least 10 points behind full"
+            found.append(_gap(result, family, control, budget, asked, lambda d: d <= -0.1))
+    return found
+
+
+def _gap(result: Result, family: str, policy: str, budget: int, asked: str, enough: Callable[[float], bool]) -> Bar:
+    cell = _find(result, family, policy, budget)
+    if cell is None or cell["from_full"] is None or cell["from_full"]["difference"] is None:
+        return asked, "not measured", None
+    return asked, _difference(cell), enough(round(cell["from_full"]["difference"], 6))
+
+
+def _time_bar(result: Result) -> Bar:
+    measured = [cell for cell in result["cells"] if cell["n"]]
+    slowest = max(measured, key=lambda cell: cell["seconds"] / cell["n"])
+    minutes = 200 * slowest["seconds"] / slowest["n"] / 60
+    what = f"{minutes:.1f} minutes for 200 at the pace of the slowest cell, {slowest['family']} {slowest['policy']} {slowest['kv_budget'] or ''}"
+    return "200 problems of one family, policy and budget: at most 10 minutes on two cores", what.strip(), minutes <= 10
+
+
+def _budget(result: Result, family: str, limit: float) -> int | None:
+    """The greatest measured budget of zoomr that is no more than ``limit`` cells."""
+    have = [c["kv_budget"] for c in result["cells"] if (c["family"], c["policy"]) == (family, "zoomr")]
+    return max((budget for budget in have if budget <= limit), default=None)
+
+
+def _find(result: Result, family: str, policy: str, budget: int | None) -> Cell | None:
+    """The cell with default settings, if it graded anything."""
+    wanted = (family, policy, budget, "")
+    for cell in result["cells"]:
+        if (cell["family"], cell["policy"], cell["kv_budget"], cell["settings_text"]) == wanted and cell["n"]:
+            return cell
+    return None
+
+
+# ---------------------------------------------------------------- text
+
+
+def _share(cell: Cell) -> str:
+    low, high = cell["wilson95"]
+    return f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}, {100 * high:.1f})"
+
+
+def _difference(cell: Cell) -> str:
+    pair = cell["from_full"]
+    if pair is None or pair["difference"] is None:
+        return "-"
+    low, high = pair["interval95"]
+    return f"{100 * pair['difference']:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
+
+
+def bars_text(results: Sequence[Result]) -> str:
+    """The bars of every result, with its file name where there are several."""
+    parts = []
+    for result in results:
+        found = bars(result)
+        missed = sum(met is False for _, _, met in found)
+        head = f"**{missed} of {len(found)} bars are not reached.**" if missed else "Every bar that was measured is reached."
+        words = {True: "met", False: "**not met**", None: "not measured"}
+        rows = [[asked, measured, words[met]] for asked, measured, met in found]
+        parts.append(f"{_title(result, results)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}")
+    return "\n\n".join(parts)
+
+
+def figures_text(results: Sequence[Result]) -> str:
+    """Conditions and tables of every result."""
+    return "\n\n".join(f"{_title(r, results)}{conditions(r)}\n\n{figures(r)}\n\n{agreement(r)}" for r in results)
+
+
+def _title(result: Result, results: Sequence[Result]) -> str:
+    return f"### `{result['command']}`\n\n" if len(results) > 1 else ""
+
+
+def conditions(result: Result) -> str:
+    """What was run, on what."""
+    asked, model = result["asked"], result["model"]
+    of = f"{asked['thoughts']} thoughts, split {asked['split']}, " if "split" in asked else ""
+    limits = ", ".join(f"{limit} ({family})" for family, limit in result["max_tokens"].items())
+    sampling = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
+    hashed = next(value for name, value in model.items() if name.startswith("sha256"))
+    return (
+        f"{result['date']}, `{result['command']}`. Suite {asked['suite']}, {of}seed {asked['seed']}; {sampling}, at most "
+        f"{limits} tokens a reply; K and V in {result['kv_type']}. Model {model['file']}, {model['bytes']:,} bytes, SHA-256 of "
+        f"{model['hashed']} {model['sha256'][:16]}. {', '.join(f'{k} {v}' for k, v in result['versions'].items())}. Machine: {result['machine']['system']}, "
+        f"{result['machine']['cores']} cores."
+    )
+
+
+def figures(result: Result) -> str:
+    """A line a cell."""
+    head = ["family", "policy", "budget", "n", "right %", "from full, points", "cut off", "peak", "mean", "peak KiB", "page-ins", "tokens/s", "s"]
+    compared = any(cell["settings_text"] for cell in result["cells"])
+    rows = []
+    for cell in result["cells"]:
+        name = f"{cell['policy']} {cell['settings_text']}".strip() if compared else cell["policy"]
+        rows.append([
+            cell["family"], name, str(cell["kv_budget"] or "-"), str(cell["n"]), _share(cell) if cell["n"] else "-", _difference(cell),
+            str(cell["out_of_tokens"]), str(cell["resident_peak"]), f"{cell['resident_mean']:.0f}",
+            f"{cell['resident_peak_bytes'] / 1024:.0f}", str(cell["page_ins"]), f"{cell['tokens_per_s'] or 0:.0f}", f"{cell['seconds']:.0f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def agreement(result: Result) -> str:
+    """What the agreement predicts, a line a cell and the whole."""
+    rows = []
+    for cell in result["cells"]:
+        a = cell["agreement"]
+        if a:
+            auc = "-" if a["auc"] is None else f"{a['auc']:.3f}"
+            name = f"{cell['policy']} {cell['settings_text']}".strip()
+            rows.append([cell["family"], name, str(cell["kv_budget"]), f"{a['mean']:.3f}", auc, str(a["n"]), str(a["n_wrong"])])
+    whole = result["agreement"]
+    if not rows or whole is None:
+        return "No policy here votes, so there is no agreement."
+    auc = "not defined, as no cell has both right and wrong problems" if whole["auc"] is None else f"{whole['auc']:.3f}"
+    return (
+        f"Agreement as a predictor that a problem is right: AUC {auc}, n = {whole['n']}, {whole['pairs']} pairs, each within a cell.\n\n"
+        + table(["family", "policy", "budget", "mean agreement", "AUC", "n", "of them wrong"], rows)
+    )
+
+
+# ---------------------------------------------------------------- page
+
+
+def filled(page: str, results: Sequence[Result]) -> str:
+    """``page`` with both of its generated blocks made from ``results``."""
+    for name, body in (("bars", bars_text(results)), ("figures", figures_text(results))):
+        begin, end = MARKS[name]
+        head, rest = page.split(begin, 1)
+        page = f"{head}{begin}\n\n{body}\n\n{end}{rest.split(end, 1)[1]}"
+    return page
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="results.json of a folder of zoomr eval")
+    parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/accuracy.md")
+    arguments = parser.parse_args()
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    arguments.page.write_text(filled(arguments.page.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

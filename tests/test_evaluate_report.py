@@ -1,0 +1,179 @@
+"""What the records of a grid come to: statistics against published and hand-made figures, files, the page's bars."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoomr_local import evaluate_report as report
+from zoomr_local.engine import EngineConfig
+from zoomr_local.evaluate import Cell
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # benchmarks are not installed
+
+from benchmarks import accuracy  # noqa: E402
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 2635-2650), table III, method 10.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((35, 14, 0, 1), 0.1461, 0.4175),
+        ((2, 97, 1, 0), 0.8721, 0.9854),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((30, 0, 0, 24), -0.0358, 0.0358),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+    ],
+)
+def test_the_paired_interval_gives_newcombes_own_figures(counts, low, high):
+    assert report.newcombe_interval(*counts) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_swapping_the_sides_turns_the_interval_around():
+    low, high = report.newcombe_interval(20, 12, 2, 16)
+    assert report.newcombe_interval(20, 2, 12, 16) == pytest.approx((-high, -low))
+
+
+def test_mcnemar_by_hand():
+    assert report.mcnemar_p(5, 0) == 2 / 2**5
+    assert report.mcnemar_p(2, 8) == 2 * (1 + 10 + 45) / 2**10
+    assert report.mcnemar_p(3, 3) == report.mcnemar_p(0, 0) == 1
+
+
+def test_a_side_paired_with_itself_differs_by_nothing():
+    pair = report.paired_difference([True, False, True], [True, False, True])
+    assert (pair["difference"], pair["gained"], pair["lost"], pair["mcnemar_p"]) == (0, 0, 0, 1)
+    assert pair["interval95"][0] < 0 < pair["interval95"][1]
+
+
+def test_the_difference_counts_what_each_side_alone_has_right():
+    pair = report.paired_difference([True, True, False, False, True], [True, False, True, False, False])
+    assert (pair["n"], pair["gained"], pair["lost"], pair["difference"]) == (5, 2, 1, 0.2)
+
+
+def test_the_auc_is_the_share_of_pairs_in_order_and_ties_count_half():
+    # right at 0.9 and 0.4, wrong at 0.4 and 0.1: of four pairs three are in order, one is a tie.
+    assert report.ranking_pairs([0.9, 0.4, 0.4, 0.1], [True, True, False, False]) == (3.5, 4)
+    assert report.ranking_pairs([0.9], [True]) == (0.0, 0)
+
+
+# ---------------------------------------------------------------- report
+
+
+def record(name, right, agreement=None, reason="stop", tokens=100, resident=50.0, **more):
+    kv = {
+        "resident_peak": 64, "resident_mean": resident, "token_bytes": 16, "page_ins": 2, "paged_out_bytes": 8,
+        "dropped_tokens": 0, "splits": 0, "agreement": agreement,
+    }  # fmt: skip
+    return {
+        "id": name, "correct": right, "finish_reason": reason, "usage": {"prompt_tokens": 10, "completion_tokens": tokens},
+        "timing": {"prefill_s": 0.5, "decode_s": 1.5}, "kv": kv, **more,
+    }  # fmt: skip
+
+
+def failed(name):
+    return {"id": name, "finish_reason": "error", "error": {"type": "EngineError", "message": "x"}}
+
+
+FULL = Cell("dag", EngineConfig(policy="full"))
+ZOOMR = Cell("dag", EngineConfig(policy="zoomr", kv_budget=256), (("refresh", 4), ("vote_layers", (2, 3))))
+
+
+def test_a_cell_is_paired_by_id_and_failed_problems_count_in_neither():
+    found = {
+        FULL: [record("a", True), record("b", True), record("c", False), record("d", True)],
+        ZOOMR: [failed("a"), record("b", True, 0.9), record("c", False, 0.2, "length", 300, 150.0), record("d", False, 0.5)],
+    }
+    full, zoomr = report.report(found)["cells"]
+    assert (full["n"], full["right"], full["kv_budget"], full["from_full"]) == (4, 3, None, None)
+    assert (zoomr["n"], zoomr["right"], zoomr["failed"], zoomr["kv_budget"]) == (3, 1, 1, 256)
+    assert (zoomr["from_full"]["n"], zoomr["from_full"]["lost"]) == (3, 1)
+    assert zoomr["resident_mean"] == (50 * 100 + 150 * 300 + 50 * 100) / 500  # a mean over tokens, not over problems
+    assert (zoomr["out_of_tokens"], zoomr["out_of_tokens_share"]) == (1, round(1 / 3, 6))
+    assert (zoomr["resident_peak_bytes"], zoomr["page_ins"], zoomr["seconds"]) == (1024, 6, 6.0)
+    assert zoomr["agreement"] == {"mean": 0.5333, "auc": 1.0, "n": 3, "n_wrong": 2}
+
+
+def test_agreement_is_compared_within_cells_only():
+    other = Cell("series", ZOOMR.config)
+    found = {
+        ZOOMR: [record("a", True, 0.9), record("b", True, 0.8)],  # an easy family: all right, much agreement
+        other: [record("c", True, 0.2), record("d", False, 0.3)],
+    }
+    assert report.report(found)["agreement"] == {"auc": 0.0, "pairs": 1, "n": 4}
+
+
+def test_a_grid_without_votes_has_no_agreement():
+    assert report.report({FULL: [record("a", True)]})["agreement"] is None
+
+
+def test_csv_has_a_line_a_cell_with_the_nested_figures_flat(tmp_path):
+    result = report.report({FULL: [record("a", True)], ZOOMR: [record("a", False, 0.5)]})
+    report.write_csv(tmp_path / "r.csv", result)
+    full, zoomr = csv.DictReader((tmp_path / "r.csv").open())
+    assert (full["from_full.difference"], zoomr["from_full.difference"]) == ("", "-1.0")
+    assert (zoomr["wilson95.low"], zoomr["settings_text"]) == ("0.0", "refresh=4 vote_layers=2+3")
+
+
+def test_the_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = report.report({FULL: [record("a", True)], ZOOMR: [record("a", False, 0.5)]})
+    report.plot(tmp_path / "r.png", result)
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def measured(family, policy, budget, right, of_full=None):
+    """A cell of 200 problems, its difference from full in problems."""
+    pair = None if of_full is None else {"difference": of_full / 200, "interval95": [-0.1, 0.1]}
+    return {
+        "family": family, "policy": policy, "kv_budget": budget, "settings_text": "", "n": 200, "accuracy": right / 200,
+        "wilson95": [0.0, 1.0], "from_full": pair, "sequence_mean": 1000.0, "seconds": 300.0, "resident_peak": budget or 1000,
+        "resident_mean": 200.0, "resident_peak_bytes": 1024, "page_ins": 5, "tokens_per_s": 300.0, "out_of_tokens": 0, "agreement": None,
+    }  # fmt: skip
+
+
+def test_bars_are_judged_at_the_greatest_budget_within_a_quarter_and_misses_stand_first():
+    cells = [
+        measured("dag", "full", None, 196), measured("dag", "zoomr", 128, 100, -96), measured("dag", "zoomr", 250, 193, -3),
+        measured("dag", "zoomr", 256, 90, -106), measured("dag", "sumr", 250, 180, -16), measured("dag", "random", 250, 176, -20),
+    ]  # fmt: skip
+    found = accuracy.bars({"cells": cells})
+    judged = {asked: met for asked, _, met in found}
+    where = "dag, a quarter of the full trace (250 cells)"
+    assert judged["dag: full, at least 97 % right"] is True
+    assert judged[f"{where}: zoomr within 2 points of full"] is True
+    assert judged[f"{where}: sumr at least 10 points behind full"] is False
+    assert judged[f"{where}: random at least 10 points behind full"] is True
+    assert judged[f"{where}: recency at least 10 points behind full"] is None
+    assert [met for _, _, met in found] == [False, None, None, None, True, True, True, True]
+    assert "| dag, a quarter of the full trace (250 cells): sumr at least 10 points behind full | -8.0 (-10.0, +10.0) | **not met** |" in (
+        accuracy.bars_text([{"cells": cells}])
+    )
+
+
+def test_a_trace_too_short_for_the_smallest_budget_is_not_measured():
+    cells = [measured("series", "full", None, 200), measured("series", "zoomr", 256, 200, 0)]
+    judged = {asked: (text, met) for asked, text, met in accuracy.bars({"cells": cells})}
+    assert judged["series, an eighth of the full trace: zoomr within 2 points of full"] == ("not measured: it is 125 cells", None)
+
+
+def test_figures_in_the_docs_are_those_of_the_results():
+    results = sorted((ROOT / "benchmarks" / "results").glob("accuracy*.json"))
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    if results:
+        loaded = [json.loads(path.read_text()) for path in results]
+        assert page == accuracy.filled(page, loaded), "run: python -m benchmarks.accuracy benchmarks/results/accuracy*.json"
+    else:
+        assert page.count("No figures yet.") == 2
