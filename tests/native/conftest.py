@@ -90,7 +90,9 @@ class StockWorker:
 def stock(tmp_path_factory):
     folder = find_stock()
     if folder is None:
-        done = subprocess.run([sys.executable, str(ROOT / "native" / "build.py"), "--stock"],
+        # a folder of its own: a library in build/dev/lib would be taken for the developer's
+        done = subprocess.run([sys.executable, str(ROOT / "native" / "build.py"), "--only-stock",
+                               "--dir", str(ROOT / "build" / "oracle")],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, "the stock library could not be built:\n" + done.stdout[-3000:]
         folder = find_stock()

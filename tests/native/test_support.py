@@ -20,8 +20,6 @@ def test_what_was_not_shown_exact_is_refused_by_name(name, models):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_model_runs_without_paging(name, models):
-    if name == "longrope":
-        pass  # its factors follow the number of cells, which is stock behaviour
     with libllama.LlamaContext(models(name), paging=False, **config("f16-fa")) as context:
         logits = replay(context, [prompt_op(20)])
         assert np.isfinite(logits).all()
