@@ -121,6 +121,7 @@ def test_csv_has_a_line_a_cell_with_the_nested_figures_flat(tmp_path):
     report.write_csv(tmp_path / "r.csv", result)
     full, zoomr = csv.DictReader((tmp_path / "r.csv").open())
     assert (full["from_full.difference"], zoomr["from_full.difference"]) == ("", "-1.0")
+    assert not {"from_full", "agreement"} & full.keys()
     assert (zoomr["wilson95.low"], zoomr["settings_text"]) == ("0.0", "refresh=4 vote_layers=2+3")
 
 

@@ -192,8 +192,10 @@ def write_csv(path: Path, result: Mapping[str, Any]) -> None:
     """One line a cell, one column a figure; nested figures have dotted names, absent ones are empty."""
     rows = [_flat({k: v for k, v in cell.items() if k != "settings"}) for cell in result["cells"]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
+    # A figure that is nested in one cell and absent in another has its parts' columns, and none of its own.
+    columns = [name for name in columns if not any(other.startswith(name + ".") for other in columns)]
     lines: list[str] = []
-    writer = csv.DictWriter(_Lines(lines), columns, lineterminator="\n")
+    writer = csv.DictWriter(_Lines(lines), columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     _replace(path, "".join(lines))
