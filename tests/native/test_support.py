@@ -118,6 +118,9 @@ def test_wrong_batches_are_errors(models):
 
 
 def test_wrong_context_arguments_are_errors(models):
+    for wrong in ({"n_cells": 0}, {"n_cells": 256, "n_batch": 0}, {"n_cells": 256, "n_seq_max": 0}):
+        with pytest.raises(EngineError, match="needs at least 1 cell"):
+            libllama.LlamaContext(models("llama"), **wrong)
     with pytest.raises(EngineError, match="type_k='f12'"):
         libllama.LlamaContext(models("llama"), n_cells=256, type_k="f12")
     with pytest.raises(EngineError, match="made no context of 256 cells: .*(V cache|flash_attn|FLASH)"):

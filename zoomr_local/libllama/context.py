@@ -57,6 +57,9 @@ class LlamaContext:
                  key_probe: int = 0):
         self._ctx = None
         self._zoomr = None
+        if min(n_cells, n_batch, n_ubatch, n_seq_max) < 1:
+            raise EngineError(f"a context needs at least 1 cell, batch token and sequence, not n_cells={n_cells}, "
+                              f"n_batch={n_batch}, n_ubatch={n_ubatch}, n_seq_max={n_seq_max}")
         self._views: dict[tuple, np.ndarray] = {}
         self._n_rows = 0
         self.model = model
