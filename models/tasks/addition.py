@@ -6,7 +6,8 @@ The order matters more than the words. The thought first says what it needs, the
 about a dozen tokens before it reads a value, so that a runtime has time to page in the two
 thoughts. Every value is written as `KEY is VALUE` with a key of one token, which small
 models learn to look up long before any looser wording. The sum is written digit by digit,
-so that no number larger than 19 has to be added by heart.
+so that no number larger than 19 has to be added by heart, and its two digits are named
+before they are put together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,6 @@ def add_thought(
         f" {first} is {x}. {second} is {y}."
         f" Ones: {x % 10} plus {y % 10} makes {ones}."
         f" Tens: {x // 10} plus {y // 10} plus {carry} makes {tens}."
-        f" Keep two digits, so {name} is {value}."
+        f" Keep {tens % 10} and {ones % 10}, so {name} is {value}."
     )
     return Thought(text, f"Worked out {name}.", tuple(sorted(set(needs)))), value
