@@ -35,18 +35,14 @@ class FakeEngine:
     def __init__(self, replies=None, tokens=8, on_token=lambda: None):
         self.replies, self.tokens, self.on_token = replies or {}, tokens, on_token
         self.prompts: list[str] = []
-        self.cancelled = False
+        self.decoded = 0
 
     def resolved(self):
         return {"window_tokens": 128}
 
-    def cancel(self):
-        self.cancelled = True
-
     def generate(self, prompt, sampling, max_tokens):
         text = "".join(map(chr, prompt))
         self.prompts.append(text)
-        self.cancelled = False
         reply = self.replies.get(text, "The answer is 4.")
         yield PromptProgress(len(prompt), len(prompt))
         if isinstance(reply, Exception):
@@ -54,10 +50,9 @@ class FakeEngine:
         n = min(self.tokens, max_tokens)
         for i in range(n):
             self.on_token()
-            if self.cancelled:
-                break
+            self.decoded += 1
             yield TokenDecoded(len(prompt) + i, 7, "x", "thought", 100 + i)
-        reason = "cancelled" if self.cancelled else "stop" if n == self.tokens else "length"
+        reason = "stop" if n == self.tokens else "length"
         yield BlockClosed(0, "thought", (len(prompt), len(prompt) + 4), (len(prompt) + 4, len(prompt) + 6), "noted")
         yield PagedOut(len(prompt) + 6, (0,), "detail", 4, 64)
         yield Refreshed(len(prompt) + 7, (0,), 0.5, "interval")

@@ -168,6 +168,12 @@ def test_stopping_in_the_middle_of_a_problem_leaves_no_record_of_it():
     assert len(engine.prompts) == 3
 
 
+def test_stopping_while_a_prompt_is_prefilled_does_not_wait_for_the_reply():
+    engine = FakeEngine()
+    stopped = solver(engine, stopping=lambda: bool(engine.prompts)).solve(read({"id": "a", "prompt": "p"})[0], Silent())
+    assert stopped is None and engine.decoded == 0
+
+
 # ---------------------------------------------------------------- tally
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -134,7 +135,7 @@ class Solver:
     """A model, an engine on it and the settings of every generation; turns problems into records.
 
     ``max_tokens`` bounds each reply, thoughts included. ``key`` gives a problem's resume key. ``stopping`` is
-    asked after every event; once it says True the generation is cancelled and no further problem is begun.
+    asked after every event; once it says True the generation is given up and no further problem is begun.
     """
 
     model: Any
@@ -146,7 +147,7 @@ class Solver:
     debug: bool = False
 
     def solve(self, problem: Problem, listener: Listener) -> dict[str, Any] | None:
-        """The record of one problem; None if the generation was cancelled.
+        """The record of one problem; None if it was given up because of ``stopping``.
 
         Whatever goes wrong inside one problem becomes its record, so that problem 3 of 500 cannot end a night's
         run; the type and message are kept. With ``debug`` it is raised instead.
@@ -161,23 +162,25 @@ class Solver:
                 "answer": "", "content": "", "reasoning": "", "finish_reason": "error",
                 "error": {"type": type(error).__name__, "message": str(error)},
             })  # fmt: skip
-        if done.reason == "cancelled":
+        if done is None or done.reason == "cancelled":
             return None
         record = self._frame(problem, _result(done, problem.answer))
         if warnings:
             record["warnings"] = warnings
         return record
 
-    def _generate(self, problem: Problem, listener: Listener, warnings: list[str]) -> Finished:
+    def _generate(self, problem: Problem, listener: Listener, warnings: list[str]) -> Finished | None:
         tokens = self.model.tokenize(self.model.render(list(problem.messages)))
-        for event in self.engine.generate(tokens, self.sampling, self.max_tokens):
-            if self.stopping():
-                self.engine.cancel()
-            listener.event(event)
-            if isinstance(event, Warned):
-                warnings.append(event.message)
-            if isinstance(event, Finished):
-                return event
+        # Closing the generator rather than asking the engine to cancel: that also ends a long prompt's prefill.
+        with closing(self.engine.generate(tokens, self.sampling, self.max_tokens)) as events:
+            for event in events:
+                listener.event(event)
+                if isinstance(event, Warned):
+                    warnings.append(event.message)
+                if isinstance(event, Finished):
+                    return event
+                if self.stopping():
+                    return None
         raise RuntimeError("the engine ended without saying how")
 
     def _frame(self, problem: Problem, result: dict[str, Any]) -> dict[str, Any]:
