@@ -10,7 +10,7 @@ function(zoomr_attach target)
     # upstream unites model files in groups of 16; ours would be merged with them and names could collide
     set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
     set_source_files_properties(${dir}/zoomr.cpp TARGET_DIRECTORY ${target} PROPERTIES
-        COMPILE_DEFINITIONS "ZOOMR_ENGINE_VERSION=\"${ZOOMR_ENGINE_VERSION}\"")
+        COMPILE_DEFINITIONS "ZOOMR_ENGINE_VERSION=\"${ENGINE_VERSION}\"")
     if (WIN32)
         set_target_properties(${target} PROPERTIES WINDOWS_EXPORT_ALL_SYMBOLS ON)
     endif()
