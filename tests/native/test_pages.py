@@ -64,6 +64,18 @@ def test_into_the_same_cells_logits_are_bit_identical(kv, models, paths, stock):
     np.testing.assert_array_equal(ours, theirs[1:])
 
 
+def test_a_sliding_window_cache_is_left_alone(kv, models, paths, stock):
+    """A page that comes back restores full attention; the window's own keys and values must not have left meanwhile."""
+    with libllama.LlamaContext(models("gemma3"), **config(kv)) as context:
+        replay(context, [prompt_op(60)])
+        page = take(context, 20, 50)  # all of it within the window of 64
+        assert context.resident().tolist() == [*range(20), *range(50, 60)]
+        context.page_in(0, page)
+        ours = replay(context, step_ops(60, 4))
+    theirs = stock.run(paths["gemma3"], config(kv), [prompt_op(60), *step_ops(60, 4)])
+    np.testing.assert_array_equal(ours, theirs[1:])
+
+
 def test_into_other_cells_logits_differ_by_summation_order_only(kv, models, paths, stock):
     with libllama.LlamaContext(models("llama"), **config(kv)) as context:
         replay(context, [prompt_op(120)])
