@@ -172,8 +172,10 @@ def _show_problem(console: Console, run: Run, problems: list[Problem]) -> None:
 
 
 def _short(text: str) -> str:
+    """``text`` on one line; a long one without its middle, as a question's point stands at its end."""
     words = " ".join(text.split())
-    return words if len(words) <= _MOST_CHARS else words[: _MOST_CHARS - 3] + "..."
+    half = _MOST_CHARS // 2
+    return words if len(words) <= _MOST_CHARS else f"{words[:half]} ... {words[-half:]}"
 
 
 def _as_dict(model: str, runs: list[Run]) -> dict[str, Any]:

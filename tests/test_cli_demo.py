@@ -17,6 +17,7 @@ from zoomr_cli.main import main
 from zoomr_cli.render import human_bytes, human_seconds
 from zoomr_local.events import BlockClosed, PagedIn, PagedOut, Refreshed, TokenDecoded
 from zoomr_local.solve import read_problems
+from zoomr_models import demo_problems_path
 
 
 @pytest.fixture
@@ -123,6 +124,19 @@ def test_demo_as_json(engine, capsys):
     run = result["runs"][1]
     assert len(run["records"]) == 12
     assert run["traces"][run["records"][0]["id"]]["moves"][0]["to"] == "tier"
+
+
+def test_demo_with_the_real_engine_keeps_its_budget_where_full_does_not(tmp_path, monkeypatch, capsys):
+    two = tmp_path / "two.jsonl"
+    two.write_text("".join(demo_problems_path().read_text().splitlines(keepends=True)[:2]))
+    monkeypatch.setattr("zoomr_models.demo_problems_path", lambda: two)
+    assert main(["demo", "-q", "--json"]) == 0
+    full, zoomr = json.loads(capsys.readouterr().out)["runs"]
+    assert (full["policy"], zoomr["policy"]) == ("full", "zoomr")
+    assert zoomr["failed"] == full["failed"] == 0
+    assert zoomr["resident_peak"] <= zoomr["kv_budget"] < full["resident_peak"]
+    assert all(trace["blocks"] and trace["choices"] for trace in zoomr["traces"].values())
+    assert not any(trace["moves"] for trace in full["traces"].values())
 
 
 def test_an_unknown_policy_is_named_with_the_nearest(engine, capsys):
