@@ -98,7 +98,7 @@ def write_gguf(net: Network, path: Path, kind: str, name: str = "zoomr-tiny") ->
     for key, value in DEFAULTS.items():
         writer.add_uint32(f"zoomr.{key}", value)
     if VOTE_LAYERS:
-        writer.add_array("zoomr.vote_layers", list(VOTE_LAYERS))
+        writer.add_string("zoomr.vote_layers", ",".join(map(str, VOTE_LAYERS)))  # llama.cpp hands out no arrays
     for key, weight in tensor_names(net).items():
         if weight.ndim == 1 or kind == "f32":
             writer.add_tensor(key, weight)

@@ -25,12 +25,13 @@ _USE_OLDEST = 0.5  # chance that the first operand is the one that has waited lo
 
 
 def _pick_operands(
-    rng: Random, known: list[str], derived: list[str], unused: list[str]
+    rng: Random, known: list[str], derived: list[str], unused: list[str], firsts: set[str]
 ) -> tuple[str, str]:
     """Two different earlier names, mostly worked-out ones so that thoughts must be read.
 
     Half of the time the first is the oldest that nothing has used yet: it is far back, and
-    few quantities are left without a use.
+    few quantities are left without a use. No two definitions share their first operand, so
+    that `FIRST and` names the second one without a doubt.
     """
     chosen: list[str] = []
     if unused and rng.random() < _USE_OLDEST:
@@ -38,7 +39,7 @@ def _pick_operands(
     while len(chosen) < 2:
         use_derived = len(derived) > 0 and rng.random() < _USE_DERIVED
         name = rng.choice(derived if use_derived else known)
-        if name not in chosen:
+        if name not in chosen and (chosen or name not in firsts):
             chosen.append(name)
     return chosen[0], chosen[1]
 
@@ -49,11 +50,13 @@ def make(rng: Random, thoughts: int) -> Problem:
         raise ValueError(f"dag takes 1 to {MAX_THOUGHTS} thoughts, not {thoughts}")
     names = rng.sample(NAMES, KNOWN + thoughts)
     known, derived, unused = names[:KNOWN], [], []
+    firsts: set[str] = set()
     values = {name: rng.randrange(MODULUS) for name in known}
     facts = " ".join(f"{name} is {values[name]}." for name in known)
     rules, steps = [], []
     for name in names[KNOWN:]:
-        a, b = _pick_operands(rng, known, derived, unused)
+        a, b = _pick_operands(rng, known, derived, unused, firsts)
+        firsts.add(a)
         link = f"After {derived[-1]}, " if derived else ""
         rules.append(f"{link}{name} adds {a} and {b}.")
         needs = tuple(derived.index(x) for x in (a, b) if x in derived)

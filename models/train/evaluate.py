@@ -46,12 +46,13 @@ class Text:
     problem: Problem
     ids: list[int]
     prompt: int
-    owner: list[int] = field(default_factory=list)
-    summary: list[bool] = field(default_factory=list)
+    owner: Tensor  # int64 [limit]; -1 where not yet written, as in the prompt
+    summary: Tensor  # bool [limit]
     block: int = 0
     in_summary: bool = False
     done: bool = False
     spans: list[tuple[int, int]] = field(default_factory=list)  # summary text of closed blocks
+    rows: list[list[Tensor]] = field(default_factory=list)  # index rows [G, E] a block, layer
     votes: list[Tensor] = field(default_factory=list)
     zoomed: list[int] = field(default_factory=list)
     peak: int = 0
@@ -61,9 +62,9 @@ class Text:
         """Append a token and follow the markers."""
         if token == tok.BEGIN_SUMMARY:
             self.in_summary = True
+        self.owner[len(self.ids)] = self.block
+        self.summary[len(self.ids)] = self.in_summary
         self.ids.append(token)
-        self.owner.append(self.block)
-        self.summary.append(self.in_summary)
         if token == tok.END_SUMMARY:
             end = len(self.ids) - 1
             start = end
@@ -76,15 +77,15 @@ class Text:
             self.done = True
 
 
-def _start(problem: Problem) -> Text:
+def _start(problem: Problem, limit: int) -> Text:
     ids = tok.encode(prompt_text(problem.prompt))
-    return Text(problem, ids, len(ids), [-1] * len(ids), [False] * len(ids))
+    return Text(problem, ids, len(ids), torch.full((limit,), -1), torch.zeros(limit).bool())
 
 
 def resident(text: Text, policy: Policy) -> Tensor:
     """bool [T]: what the newest token of `text` may attend to, itself included."""
     length = len(text.ids)
-    owner, summary = torch.tensor(text.owner), torch.tensor(text.summary)
+    owner, summary = text.owner[:length], text.summary[:length]
     position = torch.arange(length)
     if policy.name == "full":
         return torch.ones(length, dtype=torch.bool)
@@ -112,9 +113,12 @@ def _vote(text: Text, queries: list[Tensor], keys: list[Tensor], policy: Policy)
     if not n:
         return
     count = torch.zeros(n)
-    for q, k in zip(queries, keys, strict=True):
-        rows = torch.stack([k[:, a:b].mean(1) for a, b in text.spans], 1)
-        rows = rows.repeat_interleave(q.shape[0] // k.shape[0], 0)
+    while len(text.rows) < n:
+        a, b = text.spans[len(text.rows)]
+        text.rows.append([k[:, a:b].mean(1) for k in keys])
+    for i, q in enumerate(queries):
+        rows = torch.stack([r[i] for r in text.rows], 1)
+        rows = rows.repeat_interleave(q.shape[0] // rows.shape[0], 0)
         best = torch.einsum("he,hne->hn", q, rows).topk(min(policy.votes, n), -1).indices
         count += torch.bincount(best.flatten(), minlength=n)
     text.votes.append(count)
@@ -130,7 +134,7 @@ class Decoder:
 
     def __init__(self, net: Network, problems: list[Problem], policy: Policy, limit: int) -> None:
         self.net, self.policy = net, policy
-        self.texts = [_start(p) for p in problems]
+        self.texts = [_start(p, limit + 8) for p in problems]
         s = net.shape
         size = (s.layers, len(problems), s.kv_heads, limit + 8, s.head_dim)
         self.keys, self.values = torch.zeros(size), torch.zeros(size)
