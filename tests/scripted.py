@@ -21,6 +21,7 @@ class ScriptedModel:
 
     n_vocab = 100
     n_ctx_train = 1000
+    marker_text = False
     name = "scripted"
 
     def __init__(self) -> None:
@@ -31,7 +32,9 @@ class ScriptedModel:
         self.settings: dict = {}
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        return b"" if token < 10 else b" end." if token == STOP else b" w%d" % token
+        if token < 10:
+            return b"<marker>" if self.marker_text else b""
+        return b" end." if token == STOP else b" w%d" % token
 
     def is_eog(self, token: int) -> bool:
         return token == EOS
@@ -56,14 +59,20 @@ class ScriptedSampler:
 
 
 class BookContext:
-    """Cells as a set of positions; pages hold their own positions as bytes; scores are seeded noise."""
+    """Cells as a set of positions; pages hold their own positions as bytes.
+
+    Scores are seeded noise, and on top of it ``wanted``: every head scores the rows that average that position highest.
+    """
 
     token_bytes = TOKEN_BYTES
     layer_ids = [0, 1]
     n_heads = 3
 
     def __init__(self, n_cells: int, index_rows: int = 64) -> None:
-        self.n_cells, self.n_rows_max = n_cells, index_rows
+        self.n_cells, self.n_rows_max, self.n_batch = n_cells, index_rows, 64
+        self.rows: dict[int, tuple[int, int]] = {}
+        self.wanted: int | None = None
+        self.wanted_layers = [0, 1]
         self.cells: set[int] = set()
         self.n_rows = 0
         self.next_position = 0
@@ -115,9 +124,14 @@ class BookContext:
 
     def index_mean(self, row, seq, p0, p1) -> None:
         assert p0 < p1 and all(p in self.cells for p in range(p0, p1)), "index rows need resident keys"
+        self.rows[row] = (p0, p1)
 
     def scores(self) -> np.ndarray:
-        return self._random.standard_normal((2, 1, self.n_heads, self.n_rows), np.float32)
+        scores = self._random.standard_normal((2, 1, self.n_heads, self.n_rows), np.float32)
+        for row in range(self.n_rows):
+            if self.wanted is not None and self.rows[row][0] <= self.wanted < self.rows[row][1]:
+                scores[self.wanted_layers, ..., row] += 99
+        return scores
 
     def close(self) -> None:
         pass

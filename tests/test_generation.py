@@ -13,7 +13,7 @@ from scripted import EOS, SPECIAL, STOP, WORD, BookContext, ScriptedModel, Scrip
 from zoomr_local import generation
 from zoomr_local.block_generation import BlockGeneration
 from zoomr_local.errors import BudgetError
-from zoomr_local.events import BlockClosed, Finished, PagedIn, PagedOut, Refreshed, Split, TokenDecoded, Warned
+from zoomr_local.events import BlockClosed, Finished, PagedIn, PagedOut, PromptProgress, Refreshed, Split, TokenDecoded, Warned
 from zoomr_local.generation import TokenGeneration
 from zoomr_local.policies import POLICIES, Settings
 from zoomr_local.sampling import SamplingParams
@@ -22,16 +22,20 @@ from zoomr_local.tiers import RamTier
 THINK, UNTHINK, OPEN, CLOSE = SPECIAL.values()
 
 
-def run(policy, budget, prompt, script, max_tokens=None, **chosen):
-    """Play a script through a generation; returns (generation, context, events)."""
+def run(policy, budget, prompt, script, max_tokens=None, watch=None, sampling=SamplingParams(), model=None, **chosen):
+    """Play a script through a generation; returns (generation, context, events). ``watch(g, context, event)`` looks on."""
     s = Settings(**{"summary_tokens": budget // 4, "window_tokens": budget // 4, "refresh_tokens": 3, **chosen})
     context = BookContext(budget)
     kind = BlockGeneration if POLICIES[policy].unit == "block" else TokenGeneration
-    g = kind(ScriptedModel(), context, RamTier(), POLICIES[policy](s), budget, 64)
+    g = kind(model or ScriptedModel(), context, RamTier(), POLICIES[policy](s), budget)
     ScriptedSampler.script = script
     original, generation.LlamaSampler = generation.LlamaSampler, ScriptedSampler
     try:
-        events = list(g.run([*prompt, THINK], SamplingParams(), max_tokens or len(script) + 1))
+        events = []
+        for event in g.run([*prompt, THINK], sampling, max_tokens or len(script) + 1):
+            events.append(event)
+            if watch:
+                watch(g, context, event)
     finally:
         generation.LlamaSampler = original
     return g, context, events
@@ -94,14 +98,14 @@ def test_a_budget_longer_than_the_text_pages_nothing():
 
 
 def test_a_thought_stays_until_its_own_summary_is_closed():
-    """The summary's keys are computed with the thought in view: no page-out may touch the open segment."""
-    g, _, events = run("zoomr", 160, words(20), thoughts(60, 60, 60, 60))
-    closed = {}
-    for event in events:
-        if isinstance(event, BlockClosed):
-            closed[event.block] = event
-        if isinstance(event, PagedOut):
-            assert set(event.blocks) <= set(closed)
+    """The summary's keys are computed with the thought in view: what is open is always wholly in cells."""
+
+    def watch(g, context, event):
+        if isinstance(event, TokenDecoded):
+            assert set(range(g.timeline.open_start, len(g.timeline))) <= context.cells
+
+    _, _, events = run("zoomr", 160, words(20), thoughts(60, 60, 60, 60), watch=watch)
+    assert of(PagedOut, events)
 
 
 def test_an_over_long_thought_is_cut_at_a_sentence_end_and_said():
@@ -147,6 +151,103 @@ def test_zoomed_blocks_are_resident_when_a_refresh_says_so():
     assert all(0 <= e.agreement <= 1 for e in of(Refreshed, events))
     last = of(Refreshed, events)[-1]
     assert all(g.cache.resident("detail")[b] for b in last.zoomed)
+
+
+class Wish:
+    """Makes every head point at the summary of block 3 while positions are in [start, stop); notes what was zoomed."""
+
+    def __init__(self, start, stop):
+        self.start, self.stop, self.zoomed = start, stop, []
+
+    def __call__(self, g, context, event):
+        inside = self.start <= len(g.timeline) < self.stop
+        context.wanted = g.timeline.blocks[3].summary[0] + 2 if inside else None
+        if isinstance(event, Refreshed):
+            self.zoomed.append((event.position, event.zoomed, event.agreement))
+
+
+def test_the_block_the_heads_point_at_is_zoomed_and_leaves_when_they_no_longer_do():
+    wish = Wish(400, 460)
+    run("zoomr", 160, words(20), thoughts(*[30] * 20), watch=wish, zoomed_blocks=1, votes_per_head=1,
+        vote_window_tokens=4, window_tokens=0)
+    during = [(zoomed, agreement) for position, zoomed, agreement in wish.zoomed if 405 < position < 460]
+    assert during and all(zoomed == (3,) for zoomed, _ in during) and during[-1][1] == 1.0
+    after = [zoomed for position, zoomed, _ in wish.zoomed if position > 470]
+    assert after and any(3 not in zoomed for zoomed in after), "votes older than the window no longer count"
+
+
+def test_votes_of_other_layers_do_not_count():
+    """BookContext has paged layers 0 and 1; only layer 1 votes, and only layer 0 points at the block."""
+
+    class OneLayer(Wish):
+        def __call__(self, g, context, event):
+            super().__call__(g, context, event)
+            context.wanted_layers = [0]
+
+    for layers, expected in (((0,), True), ((1,), False)):
+        wish = OneLayer(400, 460)
+        run("zoomr", 160, words(20), thoughts(*[30] * 20), watch=wish, zoomed_blocks=1, votes_per_head=1,
+            vote_window_tokens=4, window_tokens=0, vote_layers=layers)
+        during = [zoomed == (3,) for position, zoomed, _ in wish.zoomed if 405 < position < 460]
+        assert all(during) is expected
+
+
+def test_index_rows_are_the_summary_without_markers_or_pieces_of_the_detail():
+    g, context, _ = run("zoomr", 400, words(500), thoughts(40, 40))
+    prompts = [b for b in g.timeline.blocks if b.kind == "prompt"]
+    for block in g.timeline.blocks:
+        rows = [context.rows[r] for r in range(context.n_rows) if g.index._row_block[r] == block.number]
+        if block.summary:
+            assert rows == [(block.summary[0] + 1, block.summary[1] - 1)]
+        else:
+            assert rows[0][0] == block.detail[0] and rows[-1][1] == block.detail[1]
+            assert all(a[1] == b[0] for a, b in zip(rows, rows[1:])) and all(b - a <= 32 for a, b in rows)
+    assert prompts and len(g.timeline.blocks) - len(prompts) == 2
+
+
+def test_the_question_brings_the_part_of_the_prompt_it_points_at():
+    def watch(g, context, event):
+        context.wanted = 40  # inside the first piece of the prompt
+
+    _, _, events = run("zoomr", 256, words(900), words(3), watch=watch, zoomed_blocks=1, votes_per_head=1, window_tokens=0)
+    asked = [e for e in of(Refreshed, events) if e.reason == "question"]
+    assert len(asked) == 1 and asked[0].zoomed == (0,)
+
+
+def test_a_refresh_comes_at_the_latest_every_r_tokens():
+    """A text without sentence ends, in one long thought: only the interval is left."""
+    g, _, events = run("zoomr", 160, words(20), thoughts(*[30] * 8) + [WORD + 5] * 60, refresh_tokens=7)
+    base = run("zoomr", 160, words(20), thoughts(*[30] * 8) + [WORD + 5] * 60, refresh_tokens=1000)[0]
+    assert g.refreshes >= base.refreshes + 60 // 7 - 1
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_markers_never_show_in_the_text_even_if_the_vocabulary_gives_them_one(with_text):
+    model = ScriptedModel()
+    model.marker_text = with_text
+    done = run("zoomr", 200, words(5), [*thoughts(2, summary=1), UNTHINK, WORD], model=model)[2][-1]
+    assert done.content == " w10" and done.reasoning == " w12 w13<|begin_of_summary|> w12<|end_of_summary|>"
+
+
+def test_a_stop_string_that_never_comes_changes_nothing():
+    script = [*thoughts(*[30] * 10), UNTHINK, *words(20)]
+    plain = run("zoomr", 160, words(20), script)[2][-1]
+    held = run("zoomr", 160, words(20), script, sampling=SamplingParams(stop=(".\nQ", "w13 w15")))[2][-1]
+    assert (plain.content, plain.reasoning, plain.cache) == (held.content, held.reasoning, held.cache)
+
+
+def test_thinking_that_ends_inside_a_summary_closes_it():
+    g, _, _ = run("zoomr", 200, words(10), [*words(20), OPEN, *words(4), UNTHINK, *words(40)])
+    (block,) = g.timeline.blocks
+    assert (block.kind, block.detail, block.summary) == ("thought", (11, 31), (31, 37))
+
+
+def test_cancel_during_a_long_prompt_ends_after_the_piece():
+    def watch(g, context, event):
+        g.cancelled = isinstance(event, PromptProgress)
+
+    _, context, events = run("zoomr", 256, words(900), words(3), watch=watch)
+    assert events[-1].reason == "cancelled" and len(context.decoded) < 100 and events[-1].completion_tokens == 0
 
 
 def test_recency_keeps_prompt_and_newest_and_streaming_keeps_sinks():

@@ -57,6 +57,7 @@ def test_policies_are_pure():
 def test_only_libllama_knows_c():
     for path in FILES:
         if room_of(path) != "libllama":
-            names = {n.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
-                     if isinstance(node, ast.Import) for n in node.names}
+            names = {name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
+                     if isinstance(node, (ast.Import, ast.ImportFrom))
+                     for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])}
             assert not names & {"ctypes", "llama_cpp"}, path

@@ -7,7 +7,7 @@ closed. Both are said in a `Split` event; no text is lost.
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -30,23 +30,30 @@ CUT_TOKENS = 32
 
 
 class BlockGeneration(Generation):
-    """Pages blocks under a block policy."""
+    """Pages blocks under a block policy.
+
+    ``thought_limit`` and ``summary_limit`` (tokens) bound the open segment; they are known once the prompt is.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.index = BlockIndex(self.context, self.policy.settings) if self.policy.uses_votes else None
+        self.thought_limit = self.summary_limit = self._pinned_tokens = 0
+        self._summary_start: int | None = None
+        self._since_refresh = 0
+        self._last_zoomed: tuple[int, ...] = ()
+        self._warned = False
 
     def prefill(self, prompt: list[int]) -> Iterator[Event]:
         n, budget = len(prompt), self.cache.budget_tokens
-        self.index = BlockIndex(self.context, self.policy.settings) if self.policy.uses_votes else None
         pins = pinned_ranges(n, budget, self.policy)
         self._pinned_tokens = sum(stop - start for start, stop in pins)
         share = budget - ROOM_TOKENS - self._pinned_tokens
         self.summary_limit = share // 4
         self.thought_limit = share - self.summary_limit
-        self._summary_start: int | None = None
-        self._since_refresh = 0
-        self._last_zoomed: tuple[int, ...] = ()
-        self._warned = False
         yield from self._prefill_pinned(prompt, pins[0])
         if len(pins) == 2:
-            yield from self._prefill_middle(prompt, pins[0][1], pins[1][0], min(PIECE_TOKENS, share // 4))
+            yield from self._prefill_middle(prompt, pins[0][1], pins[1][0], min(PIECE_TOKENS, share // 4, self.batch_tokens))
             yield from self._prefill_pinned(prompt, pins[1])
             if self.index is not None and not self.cache.everything_resident:
                 self.index.vote(self.index.n_rows, len(self.timeline.blocks))
@@ -108,7 +115,7 @@ class BlockGeneration(Generation):
         elif self._summary_start is not None and after - self._summary_start >= self.summary_limit:
             yield from self._split_summary(after)
             return True
-        elif self._summary_start is None and self._too_long(after - start, text):
+        elif fed.role != "marker" and self._summary_start is None and self._too_long(after - start, text):
             self.splits += 1
             yield Split(fed.role, position, after - start, self.thought_limit)
             yield from self._close(fed.role, (start, after))
@@ -141,11 +148,12 @@ class BlockGeneration(Generation):
         yield BlockClosed(block.number, kind, detail, summary, self._label(block))
 
     def _index_text(self, block: Block) -> Range | None:
-        """The summary's text without its markers; a summary that was cut has no closing marker."""
+        """The summary's text without its markers; a summary that was cut has no closing one."""
         if block.summary is None:
             return None
         start, stop = block.summary
-        closed = self.timeline.tokens[stop - 1] == self.model.markers.summary_close
+        markers = self.model.markers
+        closed = self.timeline.tokens[stop - 1] in (markers.summary_close, markers.think_close)
         return start + 1, stop - closed
 
     def _label(self, block: Block) -> str:
@@ -179,7 +187,7 @@ class BlockGeneration(Generation):
         self.cache.touch(selection.zoomed)
         moved = list(self.cache.apply(selection))
         if moved or selection.zoomed != self._last_zoomed:
-            yield Refreshed(len(self.timeline), selection.zoomed, selection.agreement or 0.0, reason)
+            yield Refreshed(len(self.timeline), selection.zoomed, selection.agreement, reason)
             yield from moved
         self._last_zoomed = selection.zoomed
 

@@ -1,8 +1,8 @@
 """How a model marks thoughts and summaries: tokens in, segment boundaries out.
 
 The engine feeds every sampled token to a dialect and acts on what it answers. One dialect so far, the learned
-one: the model writes special tokens itself. A model that has none of them still runs: its text is one long
-thought, cut at sentence ends and indexed by its own keys.
+one: the model writes special tokens itself. A model that has none of them still runs: all it writes is its
+answer, and what leaves the cache is cut at sentence ends and indexed by its own keys.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class LearnedDialect:
     def _starts_thinking(self, prompt: Sequence[int]) -> bool:
         m = self.markers
         for token in reversed(prompt):
-            if token is not None and token == m.think_close:
+            if token == m.think_close:
                 return False
-            if token is not None and token == m.think_open:
+            if token == m.think_open:
                 return True
         return m.think_open is None and m.summaries
 
@@ -82,6 +82,6 @@ class LearnedDialect:
             self.role = "thought"
             return Fed("marker")
         if token == m.think_close and self.role in ("thought", "summary"):
-            self.role = "answer"
-            return Fed("marker")
+            was, self.role = self.role, "answer"
+            return Fed("marker", closes_summary=was == "summary")
         return Fed(self.role)

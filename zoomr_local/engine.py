@@ -8,12 +8,12 @@ take a new selection if one is due, sample.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Iterator, Sequence
+from typing import Any, Generator, Iterator, Sequence
 
 from .block_generation import BlockGeneration
-from .errors import BudgetError, UsageError
-from .events import Event
-from .generation import FullGeneration, Generation, TokenGeneration
+from .errors import BudgetError, EngineError, ModelError, UsageError
+from .events import Event, Warned
+from .generation import FullGeneration, Generation, TokenGeneration, pinned_ranges
 from .libllama import LlamaContext
 from .model import Model
 from .policies import POLICIES, Policy, Settings
@@ -25,6 +25,12 @@ MIN_BUDGET_TOKENS = 128
 
 INDEX_ROWS = 2048
 """Rows of the index, a row costing about as much as a cell once it is written: 400,000 tokens at 200 a thought."""
+
+SWA_BATCH_TOKENS = 128
+"""Prefill batch of a paged model with sliding-window layers: their cache must hold a batch beside the window."""
+
+FLAG_LEAST = {"refresh": 1, "votes_per_head": 1, "zoomed_blocks": 0, "window": 0, "vote_window": 1, "batch": 1,
+              "sinks": 0, "threads": 1}
 
 SUMMARY_SHARE = 4
 """By default the resident summaries may take a quarter of the budget, and so may the window."""
@@ -58,14 +64,14 @@ class EngineConfig:
             raise UsageError(f"--policy {self.policy}: choose one of {', '.join(POLICIES)}")
         if self.kv_type not in ("f16", "q8_0"):
             raise UsageError(f"--kv-type {self.kv_type}: choose f16 or q8_0")
+        if self.kv_type != "f16" and not self.flash_attn:
+            raise UsageError(f"--kv-type {self.kv_type} needs flash attention; leave out --no-flash-attn or take f16")
         if self.policy != "full" and self.kv_budget < MIN_BUDGET_TOKENS:
             raise BudgetError(f"--kv-budget {self.kv_budget}: at least {MIN_BUDGET_TOKENS} tokens are needed")
-        least = {"refresh": 1, "votes_per_head": 1, "zoomed_blocks": 0, "window": 0, "vote_window": 1, "batch": 1,
-                 "sinks": 0, "threads": 1}
-        for name, low in least.items():
+        for name, least in FLAG_LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def resolve_settings(config: EngineConfig, model_settings: dict[str, Any]) -> Settings:
@@ -89,40 +95,66 @@ class Engine:
     """One model under one policy. Cells are allocated once, here (for ``full``: at the longest request so far)."""
 
     def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
-        """Raises UnsupportedModel, with the reason, if the model's cache cannot be paged exactly."""
+        """Raises UnsupportedModel, with the reason, if the model's cache cannot be paged exactly; ModelError for
+        metadata with impossible settings; BudgetError or UsageError for a choice that fits neither."""
         self.model, self.config = model, config
-        self.policy: Policy = POLICIES[config.policy](resolve_settings(config, model.settings))
+        try:
+            self.policy: Policy = POLICIES[config.policy](resolve_settings(config, model.settings))
+        except ValueError as error:
+            raise ModelError(f"the metadata of {model.path} sets what cannot be: {error}") from None
         self.tier = RamTier()
         self.context: LlamaContext | None = None
         self._running: Generation | None = None
+        self._stream: Generator[Event, None, None] | None = None
+        self._reserved_tokens = 0
+        self._closed = False
         if self.policy.unit != "all":
-            self.context = self._new_context(config.kv_budget)
+            pinned_ranges(config.kv_budget, config.kv_budget, self.policy)  # whether sinks leave room, said early
+            self.context = self._new_context(self._paged_cells())
+            self._check_layers()
 
     def generate(self, prompt: Sequence[int], sampling: SamplingParams, max_tokens: int) -> Iterator[Event]:
-        """Run one prompt to its end, from an empty cache. Ends with `Finished`.
+        """The events of one prompt from an empty cache; the last is `Finished`. Nothing runs until they are asked for.
 
-        Raises UsageError for an empty prompt or a token id outside the vocabulary.
+        A generation that is still running on this engine ends. Raises UsageError for an empty prompt, a token id
+        outside the vocabulary or ``max_tokens`` below 1, and EngineError once the engine is closed.
         """
         prompt = list(prompt)
+        if self._closed:
+            raise EngineError("the engine is closed")
         if not prompt:
             raise UsageError("the prompt is empty: nothing to decode")
         if min(prompt) < 0 or max(prompt) >= self.model.llama.n_vocab:
             raise UsageError(f"the prompt has a token id outside 0..{self.model.llama.n_vocab - 1}")
         if max_tokens < 1:
             raise UsageError(f"--max-tokens {max_tokens}: must be at least 1")
+        if self._stream is not None:
+            self._stream.close()
         if self.policy.unit == "all":
             self._reserve(len(prompt) + max_tokens)
         kind = {"all": FullGeneration, "block": BlockGeneration, "token": TokenGeneration}[self.policy.unit]
-        self._running = kind(self.model, self.context, self.tier, self.policy, self.budget_tokens, self.config.batch)
-        yield from self._running.run(prompt, sampling, max_tokens)
+        self._running = kind(self.model, self.context, self.tier, self.policy, self.budget_tokens)
+        self._stream = self._events(self._running, prompt, sampling, max_tokens)
+        return self._stream
+
+    def _events(
+        self, running: Generation, prompt: list[int], sampling: SamplingParams, max_tokens: int
+    ) -> Generator[Event, None, None]:
+        budget, cells = self.config.kv_budget, self._paged_cells()
+        if self.policy.unit != "all" and cells > budget:
+            yield Warned(
+                f"{self.model.name} also has layers with a sliding window of {self.model.llama.n_swa} tokens, so"
+                f" {cells} cells are allocated; --kv-budget {budget} still bounds those in use for full attention"
+            )
+        yield from running.run(prompt, sampling, max_tokens)
 
     @property
     def budget_tokens(self) -> int:
-        """Cells that may be in use: ``kv_budget``, or all cells for ``full``."""
-        return self.context.n_cells if self.policy.unit == "all" else self.config.kv_budget
+        """Cells that may be in use: ``kv_budget``, or for ``full`` what was reserved."""
+        return self._reserved_tokens if self.policy.unit == "all" else self.config.kv_budget
 
     def cancel(self) -> None:
-        """Ask the running generation to end after its current token (``finish_reason`` "cancelled")."""
+        """Ask the running generation to end after its current token or piece of the prompt ("cancelled")."""
         if self._running is not None:
             self._running.cancelled = True
 
@@ -131,20 +163,45 @@ class Engine:
         return {field.name: getattr(self.policy.settings, field.name) for field in fields(Settings)}
 
     def close(self) -> None:
-        """Free the cells."""
+        """Free the cells. Safe to call twice."""
+        self._closed = True
+        self._free_context()
+
+    def _free_context(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
         if self.context is not None:
             self.context.close()
             self.context = None
 
     def _reserve(self, n_tokens: int) -> None:
-        if self.context is None or self.context.n_cells < n_tokens:
-            self.close()
+        if n_tokens > self._reserved_tokens:
+            self._free_context()
             self.context = self._new_context(n_tokens)
+            self._reserved_tokens = n_tokens
+
+    def _paged_cells(self) -> int:
+        """Cells to allocate for a budget. llama.cpp gives a sliding-window cache no more cells than the other one,
+        and it must hold the window and a batch, since paging never touches it."""
+        window = self.model.llama.n_swa
+        return max(self.config.kv_budget, window + self._batch if window else 0)
+
+    @property
+    def _batch(self) -> int:
+        paged_window = self.policy.unit != "all" and self.model.llama.n_swa
+        return min(self.config.batch, SWA_BATCH_TOKENS) if paged_window else self.config.batch
+
+    def _check_layers(self) -> None:
+        unknown = set(self.policy.settings.vote_layers) - set(self.context.layer_ids)
+        if unknown and self.policy.uses_votes:
+            have = f"{min(self.context.layer_ids)} to {max(self.context.layer_ids)}"
+            self.close()
+            raise UsageError(f"--vote-layers {','.join(map(str, sorted(unknown)))}: {self.model.name} pages layers {have}")
 
     def _new_context(self, n_cells: int) -> LlamaContext:
         c = self.config
         return LlamaContext(
-            self.model.llama, n_cells=n_cells, n_batch=c.batch, n_ubatch=c.batch, n_threads=c.threads,
+            self.model.llama, n_cells=n_cells, n_batch=self._batch, n_ubatch=self._batch, n_threads=c.threads,
             flash_attn=c.flash_attn, type_k=c.kv_type, type_v=c.kv_type, paging=self.policy.unit != "all",
             index_rows=INDEX_ROWS if self.policy.uses_votes else 1,
         )

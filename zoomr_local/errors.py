@@ -2,10 +2,10 @@
 
 ZoomrError
     UsageError          the command was used wrongly (exit 2)
+        BudgetError         a size does not fit (exit 2)
     LibraryError        the engine's library is missing, stock, or of another version (exit 1)
     ModelError          a model file cannot be read (exit 1)
         UnsupportedModel    the file is sound, but the method cannot serve its architecture (exit 1)
-    BudgetError         a size does not fit (exit 2)
     EngineError         decoding failed (exit 1)
 
 A message says what happened, with which numbers, and what to type next.

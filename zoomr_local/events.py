@@ -33,7 +33,7 @@ class PromptProgress(Event):
 
 @dataclass(frozen=True)
 class TokenDecoded(Event):
-    """One token was sampled. ``text`` may be empty (a marker, or half a character).
+    """One token was sampled. ``text`` may be empty (a marker, half a character, the beginning of a stop string).
 
     ``role`` is the segment it belongs to: thought, summary, answer or marker. ``resident_tokens`` is the
     number of cells in use when it was sampled.
@@ -74,11 +74,11 @@ class Split(Event):
 
 @dataclass(frozen=True)
 class Refreshed(Event):
-    """A new selection was taken. ``agreement`` is the share of votes that fall on ``zoomed``."""
+    """A new selection was taken. ``agreement`` is the share of votes that fall on ``zoomed``, None without votes."""
 
     position: int
     zoomed: tuple[int, ...]
-    agreement: float
+    agreement: float | None
     reason: str
 
 
@@ -114,7 +114,7 @@ class Dropped(Event):
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """Something the user should know that changes no result yet."""
+    """Something the user should know about the result or its cost."""
 
     message: str
 
@@ -124,7 +124,8 @@ class CacheStats:
     """Counters of one generation.
 
     ``budget_tokens`` is the limit on cells in use; ``allocated_tokens`` is what llama.cpp made of it, which is
-    the budget rounded up to 256. ``token_bytes`` is what one cell costs. ``agreement`` is the mean over refreshes.
+    the budget rounded up to 256. ``token_bytes`` is what one cell costs. ``page_outs`` and ``page_ins`` count
+    thoughts (details) that left and came back. ``agreement`` is the mean over refreshes.
     """
 
     policy: str

@@ -28,9 +28,10 @@ class Generation:
     """State and loop of one generation; ``run`` is used once."""
 
     def __init__(
-        self, model: Model, context: LlamaContext, tier: RamTier, policy: Policy, budget_tokens: int, batch_tokens: int
+        self, model: Model, context: LlamaContext, tier: RamTier, policy: Policy, budget_tokens: int
     ) -> None:
-        self.model, self.context, self.policy, self.batch_tokens = model, context, policy, batch_tokens
+        self.model, self.context, self.policy = model, context, policy
+        self.batch_tokens: int = context.n_batch
         self.timeline = Timeline()
         self.cache = KVCache(context, tier, budget_tokens, self.timeline)
         self.cancelled = False
@@ -48,17 +49,20 @@ class Generation:
             seed=sampling.seed,
         )
         try:
-            started = time.perf_counter()
-            if len(prompt) > self.model.llama.n_ctx_train:
-                yield self._beyond_training()
-            yield from self.prefill(prompt)
-            if sampling.repeat_penalty != 1.0:
-                for token in prompt[-sampling.repeat_last_n :]:
-                    sampler.accept(token)
-            prefilled = time.perf_counter()
+            started = prefilled = time.perf_counter()
             self._dialect = LearnedDialect(self.model.markers, prompt)
             self._role = self._dialect.role
             counts = {"thought": 0, "summary": 0, "answer": 0, "marker": 0}
+            if len(prompt) > self.model.llama.n_ctx_train:
+                yield self._beyond_training()
+            for event in self.prefill(prompt):
+                yield event
+                prefilled = time.perf_counter()
+                if self.cancelled:
+                    break
+            if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n:
+                for token in prompt[-sampling.repeat_last_n :]:
+                    sampler.accept(token)
             reason = yield from self._decode(sampler, StopScanner(sampling.stop), max_tokens, counts)
             ended = time.perf_counter()
         finally:
@@ -81,25 +85,29 @@ class Generation:
     ) -> Iterator[Event]:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         llama = self.model.llama
-        for _ in range(max_tokens):
+        for left in reversed(range(0 if self.cancelled else max_tokens)):
             token = sampler.sample(self.context)
             if llama.is_eog(token):
                 self._write(stop.flush() + utf8.decode(b"", True))
                 return "stop"
             fed = self._dialect.feed(token)
             counts[fed.role] += 1
-            text, met = stop.feed(utf8.decode(llama.piece(token)))
+            if fed.role == "marker":  # ends what was held back: no stop string reaches over it
+                raw, text, met = "", stop.flush() + utf8.decode(b"", True), False
+            else:
+                raw = utf8.decode(llama.piece(token))
+                text, met = stop.feed(raw)
             self._note(fed, text)
             yield TokenDecoded(len(self.timeline), token, text, fed.role, self.cache.resident_tokens)
             if met:
                 return "stop"
-            yield from self.step(token, fed, text)
+            if self.cancelled or not left:
+                break
+            yield from self.step(token, fed, raw)
             if len(self.timeline) == llama.n_ctx_train + 1:
                 yield self._beyond_training()
             self._steps += 1
             self._resident_sum += self.cache.resident_tokens
-            if self.cancelled:
-                break
         self._write(stop.flush() + utf8.decode(b"", True))
         return "cancelled" if self.cancelled else "length"
 
@@ -108,10 +116,10 @@ class Generation:
         return Warned(f"{self.model.name} was trained on {trained} positions; what it writes beyond them may be worse")
 
     def _note(self, fed: Fed, text: str) -> None:
+        self._write(text)
         if fed.role == "marker":
             self._write(SUMMARY_OPEN if fed.opens_summary else SUMMARY_CLOSE if fed.closes_summary else "")
-        self._role = self._dialect.role
-        self._write(text)
+            self._role = self._dialect.role
 
     def _write(self, text: str) -> None:
         self._text["content" if self._role == "answer" else "reasoning"] += text

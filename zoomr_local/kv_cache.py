@@ -89,7 +89,8 @@ class KVCache:
         """
         n = len(selection.details)
         wanted = {"detail": selection.details, "summary": selection.summaries}
-        out = {p: np.flatnonzero(self._in[p][:n] & ~wanted[p]) for p in PARTS}
+        some = {"detail": True, "summary": self.timeline.summary_tokens[:n] > 0}
+        out = {p: np.flatnonzero(self._in[p][:n] & ~wanted[p] & some[p]) for p in PARTS}
         back = {p: np.flatnonzero(wanted[p] & ~self._in[p][:n]) for p in PARTS}
         after = self.resident_tokens + self._sum(back) - self._sum(out)
         if after > self.budget_tokens:
@@ -113,10 +114,6 @@ class KVCache:
         self.dropped_tokens += freed
         return Dropped(len(self.timeline), freed)
 
-    def _span(self, block: int, part: str) -> tuple[int, int]:
-        span = getattr(self.timeline.blocks[block], part)
-        return span if span else (0, 0)
-
     def _sum(self, chosen: dict[str, np.ndarray]) -> int:
         lengths = {"detail": self.timeline.detail_tokens, "summary": self.timeline.summary_tokens}
         return sum(int(lengths[part][blocks].sum()) for part, blocks in chosen.items())
@@ -128,10 +125,8 @@ class KVCache:
     def _page_out(self, part: str, blocks: np.ndarray) -> PagedOut:
         written = tokens = 0
         for block in blocks.tolist():
-            start, stop = self._span(block, part)
+            start, stop = getattr(self.timeline.blocks[block], part)
             self._in[part][block] = False
-            if start == stop:
-                continue
             if (block, part) not in self.pages:
                 data = self.tier.allocate(self.context.page_bytes(self.sequence, start, stop))
                 written += self.context.page_write(self.sequence, start, stop, data)
@@ -142,19 +137,17 @@ class KVCache:
             tokens += freed
         self._count(-tokens)
         self._away += len(blocks)
-        self.page_outs += len(blocks)
+        self.page_outs += len(blocks) * (part == "detail")
         return PagedOut(len(self.timeline), tuple(blocks.tolist()), part, tokens, written)
 
     def _page_in(self, part: str, blocks: np.ndarray) -> PagedIn:
         read = tokens = 0
         for block in blocks.tolist():
             self._in[part][block] = True
-            page = self.pages.get((block, part))
-            if page is None:
-                continue
+            page = self.pages[block, part]
             tokens += self.context.page_in(self.sequence, page.data)
             read += page.n_bytes
         self._count(tokens)
         self._away -= len(blocks)
-        self.page_ins += len(blocks)
+        self.page_ins += len(blocks) * (part == "detail")
         return PagedIn(len(self.timeline), tuple(blocks.tolist()), part, tokens, read)

@@ -36,7 +36,7 @@ class SamplingParams:
             (0 <= self.min_p < 1, "--min-p", self.min_p, "in [0, 1), 0 = off"),
             (self.repeat_penalty > 0, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
             (self.repeat_last_n >= 0, "--repeat-last-n", self.repeat_last_n, "0 or more tokens"),
-            (0 <= self.seed < 2**32, "--seed", self.seed, "in [0, 4294967295]"),
+            (0 <= self.seed < 2**32 - 1, "--seed", self.seed, "in [0, 4294967294]; llama.cpp takes the next for no seed"),
         )
         for ok, flag, value, want in checks:
             if not ok:

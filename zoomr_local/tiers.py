@@ -25,7 +25,7 @@ class Page:
         return self.data.nbytes
 
     def intact(self) -> bool:
-        """True if the bytes still have the checksum they were stored with."""
+        """True if the bytes still have the checksum they were stored with; in RAM only tests ask."""
         return zlib.crc32(self.data) == self.checksum
 
 

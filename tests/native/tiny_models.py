@@ -132,12 +132,12 @@ def write_qwen2(path: Path, *, mrope: bool = False) -> None:
     w.close()
 
 
-def write_gemma3(path: Path) -> None:
-    """Sliding-window layers (64 tokens) and full-attention layers in turn."""
+def write_gemma3(path: Path, window: int = 64) -> None:
+    """Sliding-window layers (``window`` tokens) and full-attention layers in turn."""
     w = Writer(path, "gemma3", seed=3)
     add_shape(w, 4)
     add_vocabulary(w)
-    w.gguf.add_sliding_window(64)
+    w.gguf.add_sliding_window(window)
     w.gguf.add_sliding_window_pattern(2)
     add_layers(w, 4, gemma=True)
     w.close()

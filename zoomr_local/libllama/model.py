@@ -61,6 +61,7 @@ class LlamaModel:
         self.n_head_kv: int = llama.llama_model_n_head_kv(m)
         self.n_embd: int = llama.llama_model_n_embd(m)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(m)
+        self.n_swa: int = llama.llama_model_n_swa(m)  # tokens of the sliding window, 0 without one
         self.size_bytes: int = llama.llama_model_size(m)
         self.n_params: int = llama.llama_model_n_params(m)
         self.arch: str = self.meta("general.architecture") or ""

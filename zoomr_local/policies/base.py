@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+LEAST = {"votes_per_head": 1, "zoomed_blocks": 0, "refresh_tokens": 1, "window_tokens": 0, "vote_window_tokens": 1,
+         "summary_tokens": 0, "sink_tokens": 0}
+
+
 @dataclass(frozen=True)
 class Settings:
     """The numbers a policy may use; sizes in tokens.
@@ -33,6 +37,12 @@ class Settings:
     summary_tokens: int = 128
     sink_tokens: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number below its least value."""
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
 
 
 @dataclass(frozen=True)

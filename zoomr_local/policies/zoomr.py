@@ -6,6 +6,7 @@ layers and heads alike; a window of the newest tokens stays. What the source lea
 
 - votes of the last few tokens are summed, so that a thought which names two things keeps both;
 - blocks inside the window are kept anyway and do not use up one of the c places;
+- summaries have their share of the budget before thoughts do; past it the least-voted live on as index rows;
 - room that is left over keeps the blocks used most recently, so a budget at least as long as the text pages nothing.
 """
 
@@ -51,10 +52,15 @@ class Zoomr(Policy):
 
     def select(self, view: BlockView) -> Selection:
         s, n, free = self.settings, len(view.detail_tokens), view.free_tokens
-        details = np.zeros(n, bool)
         newest = np.arange(n)[::-1]
-
         window = fill(newest, view.detail_tokens, min(s.window_tokens, free))
+
+        # summaries first, the newest of the window's blocks before the most voted: a young one has few votes yet
+        others = newest[len(window):]
+        by_votes = others[np.argsort(-view.lifetime_votes[others], kind="stable")]
+        kept = fill(np.concatenate([window, by_votes]), view.summary_tokens, min(s.summary_tokens, free))
+        free -= int(view.summary_tokens[kept].sum())
+
         candidates = view.votes.copy()
         candidates[window] = 0
         zoomed: list[int] = []
@@ -64,21 +70,17 @@ class Zoomr(Policy):
             if view.detail_tokens[block] <= free:
                 zoomed.append(int(block))
                 free -= int(view.detail_tokens[block])
-        details[zoomed] = True
 
+        details = np.zeros(n, bool)
+        details[zoomed] = True
         window = fill(window, view.detail_tokens, free)
         details[window] = True
         free -= int(view.detail_tokens[window].sum())
-
-        summaries = np.zeros(n, bool)
-        by_votes = newest[np.argsort(-view.lifetime_votes[::-1], kind="stable")]  # the newer of two equal ones first
-        kept = fill(by_votes, view.summary_tokens, min(s.summary_tokens, free))
-        summaries[kept] = True
-        free -= int(view.summary_tokens[kept].sum())
-
         rest = np.argsort(-view.last_used, kind="stable")
         details[fill(rest[~details[rest]], view.detail_tokens, free)] = True
 
+        summaries = np.zeros(n, bool)
+        summaries[kept] = True
         total = float(view.votes.sum())
         agreement = float(view.votes[zoomed].sum()) / total if total and zoomed else None
         return Selection(details, summaries, tuple(sorted(zoomed)), agreement)
