@@ -67,10 +67,10 @@ def test_the_default_output_names_input_and_policy(here):
 
 
 def test_flags_reach_engine_and_manifest(here, engine):
-    assert run("in.jsonl", "-o", "out.jsonl", "--kv-budget", "4k", "--kv-type", "q8_0", "--no-flash-attn", "--window", "64",
+    assert run("in.jsonl", "-o", "out.jsonl", "--kv-budget", "4k", "--kv-type", "f16", "--no-flash-attn", "--window", "64",
                "--vote-layers", "2,3", "--temp", "0.5", "--stop", "a", "--stop", "b", "-n", "99", "-t", "2") == 0  # fmt: skip
     config = engine.config
-    assert (config.kv_budget, config.kv_type, config.flash_attn, config.window) == (4096, "q8_0", False, 64)
+    assert (config.kv_budget, config.kv_type, config.flash_attn, config.window) == (4096, "f16", False, 64)
     assert (config.vote_layers, config.threads) == ((2, 3), 2)
     stored = json.loads(manifest_path(Path("out.jsonl")).read_text())
     assert stored["settings"]["stop"] == ["a", "b"]
@@ -248,6 +248,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(here, engine, capsys):
         (["in.jsonl", "--kv-budget", "0.3"], "error: --kv-budget 0.3"),
         (["in.jsonl", "--kv-budget", "5"], "error: --kv-budget 5: at least"),
         (["in.jsonl", "--kv-type", "q4_0"], "error: --kv-type q4_0: choose f16 or q8_0"),
+        (["in.jsonl", "--kv-type", "q8_0", "--no-flash-attn"], "needs flash attention"),
         (["in.jsonl", "--vote-layers", "a"], "error: --vote-layers a"),
         (["in.jsonl", "--temp", "-1"], "error: --temp -1"),
         (["in.jsonl", "--limit", "0"], "--limit"),
