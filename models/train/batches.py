@@ -54,7 +54,7 @@ def _encode(text: str) -> tuple[int, ...]:
     return tuple(tok.encode(text))
 
 
-def make_row(problem: Problem, stop_weight: float = 4.0, result_weight: float = 3.0) -> Row:
+def make_row(problem: Problem, stop_weight: float = 20.0, result_weight: float = 3.0) -> Row:
     """The arrays of one problem.
 
     Tokens that decide much and are few weigh more: whether to stop after a summary, and the name and
