@@ -2,21 +2,15 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-try:
-    import zoomr_models as models
-    from zoomr_models import tasks, tokenizer
-except ImportError:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import models
-    from models import tasks, tokenizer
-
-llama_cpp = pytest.importorskip("llama_cpp", exc_type=(ImportError, FileNotFoundError, RuntimeError))
-np = pytest.importorskip("numpy")
+import zoomr_local.libllama  # noqa: F401  llama_cpp below runs on its library, hooks off
+import llama_cpp  # isort: skip
+import zoomr_models as models
+from zoomr_models import tasks, tokenizer
 
 FIXTURE = json.loads(Path(__file__).with_name("test_models_fixture.json").read_text())
 Q8_TOLERANCE = 1.0  # logits; measured differences are in models/zoomr-tiny.md
