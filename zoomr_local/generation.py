@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import time
+from abc import ABC, abstractmethod
 from typing import Iterator
 
 import numpy as np
@@ -24,7 +25,7 @@ from .tiers import RamTier
 from .timeline import Range, Timeline
 
 
-class Generation:
+class Generation(ABC):
     """State and loop of one generation; ``run`` is used once."""
 
     def __init__(
@@ -72,13 +73,13 @@ class Generation:
             counts["thought"] + counts["summary"], prefilled - started, ended - prefilled, self._stats(),
         )
 
+    @abstractmethod
     def prefill(self, prompt: list[int]) -> Iterator[Event]:
         """Decode the prompt and pin what the policy pins of it; logits of the last token are left for sampling."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, token: int, fed: Fed, text: str) -> Iterator[Event]:
         """Decode one sampled token, making room first if that is needed."""
-        raise NotImplementedError
 
     def _decode(
         self, sampler: LlamaSampler, stop: StopScanner, max_tokens: int, counts: dict[str, int]
