@@ -163,3 +163,10 @@ def test_closing_the_model_closes_its_contexts(paths):
         context.decode([5], [0])
     with pytest.raises(ModelError, match="closed"):
         model.tokenize("a", add_special=False, parse_special=False)
+
+
+def test_a_truncated_file_is_named_with_the_cause(paths, tmp_path):
+    whole = paths["llama"].read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cut.gguf cannot be loaded: tensor .* not within the file bounds"):
+        libllama.LlamaModel(tmp_path / "cut.gguf")

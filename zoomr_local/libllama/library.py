@@ -189,9 +189,10 @@ def log_tail(level_min: int = LOG_LEVEL_WARN) -> list[str]:
 
 
 def last_log_line() -> str:
-    """What llama.cpp said last about a failure, for error messages."""
+    """What llama.cpp said about its newest failure, for error messages: the cause, if it named one before giving up."""
     lines = log_tail()
-    return lines[-1].strip() if lines else "llama.cpp gave no reason"
+    causes = [line.split("error loading model: ")[1] for line in lines[-2:] if "error loading model: " in line]
+    return (causes or [line.strip() for line in lines[-1:]] or ["llama.cpp gave no reason"])[-1]
 
 
 def checked(result: int) -> int:
