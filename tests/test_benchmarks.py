@@ -103,8 +103,7 @@ def test_figures_in_the_docs_are_those_of_the_results() -> None:
 
 def test_speed_runs_end_to_end_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stock = speed.find_stock()
-    if stock is None:
-        pytest.skip("no stock library: python native/build.py --stock")
+    assert stock is not None, "no stock library to compare with: python native/build.py --stock"
     model = make_model.write_model(tmp_path / "tiny.gguf", "tiny", make_model.SHAPES["tiny"])
     out = tmp_path / "speed.json"
     code = speed.main([
