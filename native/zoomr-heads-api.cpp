@@ -169,35 +169,19 @@ size_t zoomr_heads::cell_bytes() const {
     return ggml_row_size(layers[0].k->type, n_embd_k) + ggml_row_size(layers[0].v->type, n_embd_v);
 }
 
-static void get_bytes(const ggml_tensor * t, uint8_t * dst, size_t offs, size_t size) {
-    if (ggml_backend_buffer_is_host(t->buffer)) {
-        memcpy(dst, (const uint8_t *) t->data + offs, size);
-    } else {
-        ggml_backend_tensor_get(t, dst, offs, size);
-    }
-}
-
-static void set_bytes(ggml_tensor * t, const uint8_t * src, size_t offs, size_t size) {
-    if (ggml_backend_buffer_is_host(t->buffer)) {
-        memcpy((uint8_t *) t->data + offs, src, size);
-    } else {
-        ggml_backend_tensor_set(t, src, offs, size);
-    }
-}
-
 void zoomr_heads::copy_out(const zoomr_heads_layer & layer, uint32_t head, uint32_t cell, uint8_t * k, uint8_t * v) const {
     const uint32_t ip = layer.part(head);
 
     if (k) {
-        get_bytes(layer.k, k, ip*layer.k->nb[2] + cell*layer.k->nb[1], layer.k->nb[1]);
+        zoomr_get_bytes(layer.k, k, ip*layer.k->nb[2] + cell*layer.k->nb[1], layer.k->nb[1]);
     }
     if (v && !v_trans) {
-        get_bytes(layer.v, v, ip*layer.v->nb[2] + cell*layer.v->nb[1], layer.v->nb[1]);
+        zoomr_get_bytes(layer.v, v, ip*layer.v->nb[2] + cell*layer.v->nb[1], layer.v->nb[1]);
     }
     if (v && v_trans) {
         const size_t es = layer.v->nb[0];
         for (uint32_t i = 0; i < n_embd_v; ++i) {
-            get_bytes(layer.v, v + i*es, ip*layer.v->nb[2] + i*layer.v->nb[1] + cell*es, es);
+            zoomr_get_bytes(layer.v, v + i*es, ip*layer.v->nb[2] + i*layer.v->nb[1] + cell*es, es);
         }
     }
 }
@@ -205,14 +189,14 @@ void zoomr_heads::copy_out(const zoomr_heads_layer & layer, uint32_t head, uint3
 void zoomr_heads::copy_in(const zoomr_heads_layer & layer, uint32_t head, uint32_t cell, const uint8_t * k, const uint8_t * v) {
     const uint32_t ip = layer.part(head);
 
-    set_bytes(layer.k, k, ip*layer.k->nb[2] + cell*layer.k->nb[1], layer.k->nb[1]);
+    zoomr_set_bytes(layer.k, k, ip*layer.k->nb[2] + cell*layer.k->nb[1], layer.k->nb[1]);
     if (!v_trans) {
-        set_bytes(layer.v, v, ip*layer.v->nb[2] + cell*layer.v->nb[1], layer.v->nb[1]);
+        zoomr_set_bytes(layer.v, v, ip*layer.v->nb[2] + cell*layer.v->nb[1], layer.v->nb[1]);
         return;
     }
     const size_t es = layer.v->nb[0];
     for (uint32_t i = 0; i < n_embd_v; ++i) {
-        set_bytes(layer.v, v + i*es, ip*layer.v->nb[2] + i*layer.v->nb[1] + cell*es, es);
+        zoomr_set_bytes(layer.v, v + i*es, ip*layer.v->nb[2] + i*layer.v->nb[1] + cell*es, es);
     }
 }
 

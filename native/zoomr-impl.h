@@ -161,6 +161,10 @@ struct zoomr_context {
     std::vector<float> query_host;
 };
 
+// bytes of a tensor. host memory is copied by hand: the backend's getter and setter cost more than the copy itself where runs are short
+void zoomr_get_bytes(const ggml_tensor * t, uint8_t * dst, size_t offs, size_t size);
+void zoomr_set_bytes(ggml_tensor * t, const uint8_t * src, size_t offs, size_t size);
+
 // an error with its code; turned into a return value at the C boundary
 struct zoomr_error {
     int32_t     code;

@@ -35,9 +35,7 @@ static std::vector<zoomr_run> merge_runs(const std::vector<zoomr_cell> & cells) 
     return runs;
 }
 
-// the bytes of n cells of a tensor, a row a cell. host memory is copied here: the backend's getter and setter
-// cost more than the copy itself when runs are short
-static void get_bytes(const ggml_tensor * t, uint8_t * dst, size_t offs, size_t size) {
+void zoomr_get_bytes(const ggml_tensor * t, uint8_t * dst, size_t offs, size_t size) {
     if (ggml_backend_buffer_is_host(t->buffer)) {
         memcpy(dst, (const uint8_t *) t->data + offs, size);
     } else {
@@ -45,7 +43,7 @@ static void get_bytes(const ggml_tensor * t, uint8_t * dst, size_t offs, size_t 
     }
 }
 
-static void set_bytes(ggml_tensor * t, const uint8_t * src, size_t offs, size_t size) {
+void zoomr_set_bytes(ggml_tensor * t, const uint8_t * src, size_t offs, size_t size) {
     if (ggml_backend_buffer_is_host(t->buffer)) {
         memcpy((uint8_t *) t->data + offs, src, size);
     } else {
@@ -123,13 +121,13 @@ void zoomr_context::copy_out(const std::vector<zoomr_cell> & cells, uint32_t str
         const ggml_tensor * v = layer.v;
 
         for (const auto & run : runs) {
-            get_bytes(k, dst + run.i*k->nb[1], stream*k->nb[2] + run.cell*k->nb[1], run.n*k->nb[1]);
+            zoomr_get_bytes(k, dst + run.i*k->nb[1], stream*k->nb[2] + run.cell*k->nb[1], run.n*k->nb[1]);
         }
         dst += n*k->nb[1];
 
         if (!kv->v_trans) {
             for (const auto & run : runs) {
-                get_bytes(v, dst + run.i*v->nb[1], stream*v->nb[2] + run.cell*v->nb[1], run.n*v->nb[1]);
+                zoomr_get_bytes(v, dst + run.i*v->nb[1], stream*v->nb[2] + run.cell*v->nb[1], run.n*v->nb[1]);
             }
             dst += n*v->nb[1];
             continue;
@@ -138,7 +136,7 @@ void zoomr_context::copy_out(const std::vector<zoomr_cell> & cells, uint32_t str
         const size_t es = v->nb[0];
         for (int64_t ch = 0; ch < v->ne[0]; ++ch) {
             for (const auto & run : runs) {
-                get_bytes(v, dst + run.i*es, stream*v->nb[2] + (ch*v->ne[1] + run.cell)*es, run.n*es);
+                zoomr_get_bytes(v, dst + run.i*es, stream*v->nb[2] + (ch*v->ne[1] + run.cell)*es, run.n*es);
             }
             dst += n*es;
         }
@@ -154,13 +152,13 @@ void zoomr_context::copy_in(const std::vector<zoomr_cell> & cells, uint32_t stre
         ggml_tensor * v = layer.v;
 
         for (const auto & run : runs) {
-            set_bytes(k, src + run.i*k->nb[1], stream*k->nb[2] + run.cell*k->nb[1], run.n*k->nb[1]);
+            zoomr_set_bytes(k, src + run.i*k->nb[1], stream*k->nb[2] + run.cell*k->nb[1], run.n*k->nb[1]);
         }
         src += n*k->nb[1];
 
         if (!kv->v_trans) {
             for (const auto & run : runs) {
-                set_bytes(v, src + run.i*v->nb[1], stream*v->nb[2] + run.cell*v->nb[1], run.n*v->nb[1]);
+                zoomr_set_bytes(v, src + run.i*v->nb[1], stream*v->nb[2] + run.cell*v->nb[1], run.n*v->nb[1]);
             }
             src += n*v->nb[1];
             continue;
@@ -169,7 +167,7 @@ void zoomr_context::copy_in(const std::vector<zoomr_cell> & cells, uint32_t stre
         const size_t es = v->nb[0];
         for (int64_t ch = 0; ch < v->ne[0]; ++ch) {
             for (const auto & run : runs) {
-                set_bytes(v, src + run.i*es, stream*v->nb[2] + (ch*v->ne[1] + run.cell)*es, run.n*es);
+                zoomr_set_bytes(v, src + run.i*es, stream*v->nb[2] + (ch*v->ne[1] + run.cell)*es, run.n*es);
             }
             src += n*es;
         }

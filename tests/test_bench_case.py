@@ -14,7 +14,6 @@ from zoomr_local.bench_case import Case, measure
 from zoomr_local.bench_meter import Busy
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.events import PagedIn, PagedOut
-from zoomr_local.model import Model
 from zoomr_models import bundled_model_path
 
 sys.path.append(str(Path(__file__).parent / "native"))
@@ -27,13 +26,6 @@ FULL = replace(SMALL, policy="full", config={"threads": 1})
 
 def silent(*_):
     pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    loaded = Model.open(bundled_model_path())
-    yield loaded
-    loaded.close()
 
 
 @pytest.mark.parametrize("way", bench_depth.WAYS)

@@ -11,19 +11,11 @@ from zoomr_local.events import PagedIn, PagedOut, PromptProgress, Split, TokenDe
 from zoomr_local.model import Model
 from zoomr_local.policies import POLICIES
 from zoomr_local.sampling import SamplingParams
-from zoomr_models import bundled_model_path
 from zoomr_models.tasks import generate
 
 THREADS = 1
 SERVED = [name for name, policy in POLICIES.items() if policy.unit not in ("beacon", "head")]
 """Policies that the bundled model can be run under with uniform cells. Beacons: test_beacons_engine.py; heads: test_heads_engine.py."""
-
-
-@pytest.fixture(scope="module")
-def model():
-    loaded = Model.open(bundled_model_path())
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture(scope="module")

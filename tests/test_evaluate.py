@@ -84,7 +84,6 @@ def here(tmp_path, monkeypatch, engine) -> Path:
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     monkeypatch.setenv("ZOOMR_MODEL", "m.gguf")
-    monkeypatch.setattr("zoomr_cli.summaries.check", lambda *asked: None)  # it reads a vocabulary, and there is none
     return tmp_path
 
 
@@ -178,12 +177,11 @@ def test_ctrl_c_ends_in_130_and_the_next_start_goes_on(here, engine, capsys):
 
 def test_sigkill_loses_at_most_the_problem_in_flight(here, engine):
     script = (
-        "import os, sys, signal, zoomr_cli.solve, zoomr_cli.summaries, zoomr_cli.versions\n"
+        "import os, sys, signal, zoomr_cli.solve, zoomr_cli.versions\n"
         "from fake_engine import FakeEngine, opener\n"
         "engine = FakeEngine(on_token=lambda: len(engine.prompts) == 7 and os.kill(os.getpid(), signal.SIGKILL))\n"
         "zoomr_cli.solve.open_engine = opener(engine)\n"
         "zoomr_cli.versions.versions = lambda: {'zoomr': 'test'}\n"
-        "zoomr_cli.summaries.check = lambda *asked: None\n"
         "from zoomr_cli.main import main\n"
         "main(sys.argv[1:])\n"
     )

@@ -21,7 +21,6 @@ from zoomr_local import session, session_files
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import SessionError
 from zoomr_local.events import BlockLost, Finished, TokenDecoded, Warned
-from zoomr_local.model import Model
 from zoomr_local.sampling import SamplingParams
 from zoomr_local.session_files import MANIFEST, SessionDirectory
 from zoomr_local.tiers import pagefile
@@ -31,19 +30,6 @@ from zoomr_models.tasks import generate
 HERE = Path(__file__).parent
 CONFIG = {"kv_budget": 160, "threads": 1}
 WARM = {"temperature": 0.9, "seed": 5, "repeat_penalty": 1.1}
-
-
-@pytest.fixture(scope="module")
-def model():
-    loaded = Model.open(bundled_model_path())
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def prompt(model):
-    problem = generate("series", 1, seed=5, thoughts=9, split="dev")[0]
-    return model.tokenize(model.render([{"role": "user", "content": problem.prompt}])) * 2
 
 
 @pytest.fixture

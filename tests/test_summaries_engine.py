@@ -10,19 +10,10 @@ from scripted import ScriptedSampler
 from zoomr_local import generation, session_files
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.events import BlockClosed, Finished, PagedOut, TokenDecoded, TokenInjected
-from zoomr_local.model import Model
 from zoomr_local.sampling import SamplingParams
-from zoomr_models import bundled_model_path
 from zoomr_models.tasks import generate
 
 BUDGET = 288
-
-
-@pytest.fixture(scope="module")
-def model():
-    loaded = Model.open(bundled_model_path())
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,12 @@ from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import StorageError, UsageError
 from zoomr_local.events import BlockLost, PagedIn, PagedOut, ReadAhead, TokenDecoded, Warned
 from zoomr_local.libllama import LlamaContext
-from zoomr_local.model import Model
 from zoomr_local.sampling import SamplingParams
-from zoomr_models import bundled_model_path
 from zoomr_models.tasks import generate
 
 KIB = 1024
 TRAINED = {"q8_0": 1.2e-2, "q4_0": 5e-2}
 MAX_TOKENS = 420
-
-
-@pytest.fixture(scope="module")
-def model():
-    loaded = Model.open(bundled_model_path())
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture(scope="module")
