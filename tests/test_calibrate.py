@@ -13,7 +13,7 @@ from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import UsageError
 from zoomr_local.libllama.heads import HeadStore
 from zoomr_local.policies.heads import Calibration
-from zoomr_models import bundled_model_path
+from zoomr_models import BUNDLED, bundled_model_path
 
 FOUND = Calibration((3.0, 1.0, 2.0, 7.5), 0.93, 8, 800)
 
@@ -49,6 +49,13 @@ def test_the_demand_is_the_slow_references(model, prompt, monkeypatch):
         each = [slow.tokens_for_mass(head, found.mass) for step in rows[layer] for head in step]
         assert demand == pytest.approx(np.mean(each)) and max(each) <= 65
     assert found.model == calibrations.fingerprint(model.path)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_model_ships_with_its_own(name, monkeypatch, tmp_path):
+    """Of these very bytes: a model that is trained again is calibrated again (zoomr calibrate -m NAME) in the same commit."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))  # none but the shipped one
+    assert len(calibrations.find(bundled_model_path(name)).demand) == 4
 
 
 def test_it_is_written_beside_the_model_and_found_there(copy):
