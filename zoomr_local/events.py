@@ -176,13 +176,15 @@ class HeadsEvicted(Event):
     """A selection of a per-head policy: tokens left for good, in each layer and KV head other ones.
 
     ``layers`` were full and had ``freed_cells`` cells of single heads freed, a number each; ``held_tokens`` are those that
-    every head of every layer holds now.
+    every head of every layer holds now. ``budget_tokens``, where a policy moves them, are what each head of those layers may
+    keep at a selection; a head that was given more only now holds less until tokens have come.
     """
 
     position: int
     layers: tuple[int, ...]
     freed_cells: tuple[int, ...]
     held_tokens: tuple[tuple[int, ...], ...]
+    budget_tokens: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,7 @@ class HeadGeneration(Generation):
         return HeadCache(self.cells, context, store, budget_tokens, self.timeline)
 
     def plan(self) -> None:
-        for start, stop in pinned_ranges(len(self.prompt), self.cache.budget_tokens, self.policy):
-            self.timeline.pin(start, stop)
-        self._is_pinned = np.zeros(len(self.prompt), bool)
-        for start, stop in self.timeline.pinned:
-            self._is_pinned[start:stop] = True
+        self._pin_prompt()
         s = self.policy.settings
         self._reserved = self.timeline.pinned_tokens + s.observation_tokens
         if int(self.cells.layer_tokens.min()) <= self._reserved:
@@ -65,6 +61,13 @@ class HeadGeneration(Generation):
                 f" {self.timeline.pinned_tokens} pinned and {s.observation_tokens} newest tokens; take a larger budget"
             )
         self._spare = spare_tokens(self.cells.layer_tokens, self._reserved, s.evict_every_tokens)
+
+    def _pin_prompt(self) -> None:
+        for start, stop in pinned_ranges(len(self.prompt), self.cache.budget_tokens, self.policy):
+            self.timeline.pin(start, stop)
+        self._is_pinned = np.zeros(len(self.prompt), bool)
+        for start, stop in self.timeline.pinned:
+            self._is_pinned[start:stop] = True
 
     def prefill(self) -> Iterator[Event]:
         n = self._piece_tokens()
@@ -108,7 +111,8 @@ class HeadGeneration(Generation):
             return
         freed = [self._evict(int(layer), max(n_tokens, int(self._spare[layer]))) for layer in full]
         self.refreshes += 1
-        yield HeadsEvicted(len(self.timeline), tuple(full.tolist()), tuple(freed), tuple(map(tuple, self.cache.held.tolist())))
+        budgets = tuple(map(tuple, self._budgets[full].tolist())) if self.policy.moves_head_budgets else None
+        yield HeadsEvicted(len(self.timeline), tuple(full.tolist()), tuple(freed), tuple(map(tuple, self.cache.held.tolist())), budgets)
 
     def _evict(self, layer: int, spare_tokens: int) -> int:
         """Free cells for so many tokens in every head of a layer; how many cells of single heads that frees."""
