@@ -1,5 +1,7 @@
 """ClusterKV's clusters, selections and cache, and the recall measure, against the slow reference."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,7 +83,7 @@ def test_a_layers_clusters_are_the_references_of_each_piece(seed, coarse, pinned
     assert clusters.kept.tolist() == list(range(kept))
     assert clusters.positions.tolist() == list(range(kept, 30 + sum(windows)))
     at, done = kept, 0
-    for n, wanted in [(30 - kept, max(1, (30 - kept) // 6)), *((w, max(1, w * 3 // 12)) for w in windows)]:
+    for n, wanted in [(30 - kept, max(1, (30 - kept) // 6)), *((w, max(1, math.floor(w * 3 / 12 + 0.5))) for w in windows)]:
         first = draw_first(2, n, min(wanted, n), (5, 3, at))
         for h in range(2):
             centroids, labels = slow.kmeans(keys[h, at: at + n].astype(float).tolist(), first[h].tolist(), 4)

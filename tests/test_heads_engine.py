@@ -15,7 +15,7 @@ from zoomr_local.policies import POLICIES
 from zoomr_local.policies.heads import Calibration, HeadSettings
 from zoomr_local.sampling import SamplingParams
 
-HEADS = [name for name, policy in POLICIES.items() if policy.unit == "head"]
+HEADS = [name for name, policy in POLICIES.items() if policy.unit == "head" and policy.drops]
 UNEVEN = Calibration((4.0, 1.0, 2.0, 9.0), 0.93, 8, 800)
 BUDGET = 128
 
@@ -267,7 +267,7 @@ def test_an_engine_runs_prompts_of_other_lengths_one_after_another(model, prompt
 def test_what_has_no_meaning_is_refused_by_name(model, prompt, tmp_path):
     with pytest.raises(UsageError, match="--kv-type q8_0.*snapkv"):
         EngineConfig(policy="snapkv", kv_type="q8_0")
-    with pytest.raises(UsageError, match="--pin-prompt off.*zoomr.*snapkv, h2o, rkv, pyramid, reasonalloc"):
+    with pytest.raises(UsageError, match="--pin-prompt off.*zoomr.*clusterkv, snapkv, h2o, rkv, pyramid, reasonalloc"):
         EngineConfig(pin_prompt=False)
     engine = Engine(model, EngineConfig(policy="rkv", kv_budget=BUDGET, threads=1))
     try:

@@ -15,7 +15,7 @@ from zoomr_local.policies.heads import HEAD_POLICIES, Accumulated, HeadSettings,
 from zoomr_local.policies.heads.attention import max_pool, observed
 from zoomr_local.policies.heads.rkv import newest_similar, redundancy
 
-TOKEN_POLICIES = [name for name, policy in HEAD_POLICIES.items() if policy.unit == "head"]
+TOKEN_POLICIES = [name for name, policy in HEAD_POLICIES.items() if policy.drops]
 
 
 def layer(rng, n_kv_head=2, group=3, m=20, d=4, w=5, coarse=False, holes=0.2, pinned=0.2):
@@ -284,7 +284,7 @@ def test_settings_outside_their_range_are_refused(field, value):
 
 def test_every_policy_has_a_name_and_a_headline():
     assert list(HEAD_POLICIES) == [p.name for p in HEAD_POLICIES.values()] and all(p.headline for p in HEAD_POLICIES.values())
-    assert all(p.unit in ("head", "cluster") and p.drops == (p.unit == "head") for p in HEAD_POLICIES.values())
+    assert all(p.unit == "head" and p.drops != p.recalls for p in HEAD_POLICIES.values())
 
 
 def test_per_head_policies_import_numpy_and_their_own_folder_only():

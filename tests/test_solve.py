@@ -116,6 +116,7 @@ def test_a_record_has_everything_that_was_promised():
             "dropped_tokens": 0, "splits": 0, "ram_bytes": 64, "disk_bytes": 0, "disk_written_bytes": 0,
             "disk_read_bytes": 0, "lost_blocks": 0, "faults": 0, "beacons": 0, "dropped_beacons": 0, "summaries": None,
             "injected_tokens": 0, "prompted_summaries": 0, "cut_summaries": 0, "layer_cells": None,
+            "cluster_hit_rate": None, "recalled_tokens": 0,
         },
         "seed": 3,
         "model": "fake",

@@ -17,6 +17,7 @@ from typing import Any, Generator, Iterator, Sequence
 from . import session
 from .beacon_generation import BeaconGeneration, check_beacons
 from .block_generation import BlockGeneration
+from .cluster_generation import ClusterGeneration
 from .dialects import Summaries, choose
 from .engine_config import EngineConfig as EngineConfig
 from .engine_config import resolve_settings as resolve_settings
@@ -50,7 +51,7 @@ class Engine:
         self.policy = self._new_policy()
         self.summaries = self._summaries()
         limits = TierLimits(config.kv_ram, config.kv_disk, config.kv_dir)
-        self.store = PageStore(limits if self.policy.unit == "block" else TierLimits(0, 0))
+        self.store = PageStore(limits if self.policy.unit == "block" else TierLimits(config.kv_ram, 0) if self._recalls else TierLimits(0, 0))
         self.context: LlamaContext | None = None
         self._heads: HeadCells | None = None
         self._running: Generation | None = None
@@ -62,7 +63,7 @@ class Engine:
         if self.policy.unit != "all":
             pinned_ranges(config.kv_budget, config.kv_budget, self.policy)  # whether sinks leave room, said early
             if self.policy.unit == "head":
-                self._share_out_cells(0)
+                self._share_out_cells(0, 0)
             else:
                 self.context = self._new_context(self.config.kv_budget)
                 self._check_layers()
@@ -101,7 +102,7 @@ class Engine:
         prompt = list(prompt)
         self._check(prompt, max_tokens)
         if self.policy.unit == "head":
-            self._share_out_cells(len(prompt))
+            self._share_out_cells(len(prompt), len(prompt) + max_tokens)
         self._running = self._new_generation(max(len(prompt) + max_tokens, room_tokens))
         self._converse(room_tokens, limits, keep_thinking)
         self._stream = self._running.run(prompt, sampling, max_tokens, tuple(self._cautions()))
@@ -234,7 +235,7 @@ class Engine:
             self._reserve(n_tokens, cells)
         kinds = {
             "all": FullTurns, "block": BlockTurns, "token": TokenTurns, "beacon": BeaconGeneration,
-            "head": partial(HeadGeneration, self._heads),
+            "head": partial(ClusterGeneration if self._recalls else HeadGeneration, self._heads),
         }  # fmt: skip
         kind = kinds[self.policy.unit]
         self._begin_store(n_tokens)
@@ -306,9 +307,15 @@ class Engine:
             self.context.close()
             self.context = self._heads = None
 
-    def _share_out_cells(self, prompt_tokens: int) -> None:
-        """Cells as the policy gives them to layers beside a prompt of so many tokens: allocated again if that is not as before."""
-        tokens = layer_tokens(self.policy, self.model.llama.n_layer, self.config.kv_budget, prompt_tokens)
+    @property
+    def _recalls(self) -> bool:
+        """Whether what leaves single heads' cells may come back."""
+        return self.policy.unit == "head" and self.policy.recalls
+
+    def _share_out_cells(self, prompt_tokens: int, length_tokens: int) -> None:
+        """Cells as the policy gives them to layers for a text of so many tokens, the prompt's among them: allocated again if
+        that is not as before."""
+        tokens = layer_tokens(self.policy, self.model.llama.n_layer, self.config.kv_budget, prompt_tokens, length_tokens)
         if self._heads is None or (self._heads.layer_tokens != tokens).any():
             self._free_context()
             self.context = self._new_context(self.config.kv_budget)

@@ -173,7 +173,8 @@ class Dropped(Event):
 
 @dataclass(frozen=True)
 class HeadsEvicted(Event):
-    """A selection of a per-head policy: tokens left for good, in each layer and KV head other ones.
+    """A selection of a per-head policy: tokens left the cells, in each layer and KV head other ones; for good, but under
+    `clusterkv`, where they wait in a tier (`HeadsRecalled`).
 
     ``layers`` were full and had ``freed_cells`` cells of single heads freed, a number each; ``held_tokens`` are those that
     every head of every layer holds now. ``budget_tokens``, where a policy moves them, are what each head of those layers may
@@ -185,6 +186,20 @@ class HeadsEvicted(Event):
     freed_cells: tuple[int, ...]
     held_tokens: tuple[tuple[int, ...], ...]
     budget_tokens: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class HeadsRecalled(Event):
+    """The same selection brought tokens back into cells, after those of `HeadsEvicted` had left.
+
+    ``layers`` had ``recalled_cells`` cells of single heads filled, a number each. ``hit_rate`` is the share of the selected
+    clusters that one of the last R selections had too, the mean over KV heads and layers; None for the first R.
+    """
+
+    position: int
+    layers: tuple[int, ...]
+    recalled_cells: tuple[int, ...]
+    hit_rate: float | None
 
 
 @dataclass(frozen=True)
@@ -240,6 +255,8 @@ class CacheStats:
     blocks, None under policies without blocks. The runtime opened ``prompted_summaries`` and wrote ``injected_tokens`` to open and
     close them, ``cut_summaries`` of them at their longest. ``layer_cells`` are the cells that each KV head of a layer has, in
     the mean over its heads, a number a layer, under per-head policies; there a cell in use is one in every layer and head.
+    ``cluster_hit_rate`` is the mean of `HeadsRecalled`'s over layers and selections, None but under `clusterkv`, and
+    ``recalled_tokens`` are the cells of single heads that came back, divided by how many layers and heads there are.
     """
 
     policy: str
@@ -269,6 +286,8 @@ class CacheStats:
     prompted_summaries: int = 0
     cut_summaries: int = 0
     layer_cells: tuple[int, ...] | None = None
+    cluster_hit_rate: float | None = None
+    recalled_tokens: int = 0
 
 
 @dataclass(frozen=True)

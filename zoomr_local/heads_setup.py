@@ -29,25 +29,43 @@ def head_policy(model: Model, config: EngineConfig) -> HeadPolicy:
     Raises UsageError, with the command to type, if there is none or only one of another model.
     """
     kind = POLICIES[config.policy]
-    settings = HeadSettings(pin_prompt=config.pin_prompt, seed=config.seed)
+    settings = HeadSettings(
+        pin_prompt=config.pin_prompt, seed=config.seed, dense_layers=config.dense_layers, select_every_tokens=config.refresh or 1
+    )  # fmt: skip
     return kind(settings, calibrations.find(model.path)) if kind.calibrated else kind(settings)
 
 
-def pinned_tokens(prompt_tokens: int, budget_tokens: int, policy: HeadPolicy) -> int:
-    """How much of a prompt is pinned."""
-    return sum(stop - start for start, stop in pinned_ranges(prompt_tokens, budget_tokens, policy))
+def reserved_tokens(prompt_tokens: int, budget_tokens: int, policy: HeadPolicy) -> int:
+    """What every layer must hold: what is pinned of a prompt and the tokens whose queries vote, or beside what is kept under a
+    policy that recalls, a token and a selected one."""
+    pinned = pinned_ranges(prompt_tokens, budget_tokens, policy)
+    if policy.recalls:
+        return policy.kept_tokens(prompt_tokens, pinned) + 2
+    return sum(stop - start for start, stop in pinned) + policy.settings.observation_tokens
 
 
-def layer_tokens(policy: HeadPolicy, n_layers: int, budget_tokens: int, prompt_tokens: int) -> np.ndarray:
+def layer_tokens(policy: HeadPolicy, n_layers: int, budget_tokens: int, prompt_tokens: int, length_tokens: int) -> np.ndarray:
     """int64 [n_layers]: cells of each KV head in each layer, ``n_layers * budget_tokens`` in all.
 
-    Every layer holds what is pinned of the prompt and the tokens whose queries vote. Raises BudgetError if it cannot.
+    ``length_tokens`` is the longest that prompt and reply can become. Every layer holds what is reserved. Raises BudgetError if it cannot.
     """
-    reserved = pinned_tokens(prompt_tokens, budget_tokens, policy) + policy.settings.observation_tokens
+    reserved = reserved_tokens(prompt_tokens, budget_tokens, policy)
     try:
-        return policy.layer_budgets(n_layers, budget_tokens, reserved)
+        return policy.layer_budgets(n_layers, budget_tokens, reserved, length_tokens)
     except ValueError as error:
+        if policy.recalls and policy.settings.dense_layers:
+            raise BudgetError(_dense_layers_refused(policy, n_layers, budget_tokens, reserved, length_tokens)) from None
         raise BudgetError(f"--kv-budget {budget_tokens}: {error}; take a larger budget") from None
+
+
+def _dense_layers_refused(policy: HeadPolicy, n_layers: int, budget_tokens: int, reserved: int, length_tokens: int) -> str:
+    dense = min(policy.settings.dense_layers, n_layers)
+    total, needed = n_layers * budget_tokens, dense * length_tokens + (n_layers - dense) * reserved
+    return (
+        f"--dense-layers {dense}: {dense} of {n_layers} layers with all {length_tokens} tokens and {reserved} in each of the others are {needed}"
+        f" cells a KV head, --kv-budget {budget_tokens} has {total}; take --kv-budget {min(length_tokens, -(-needed // n_layers))}, a smaller -n"
+        " or --dense-layers 0"
+    )
 
 
 def head_cells(context: LlamaContext, policy: HeadPolicy, tokens: np.ndarray) -> HeadCells:
@@ -57,6 +75,6 @@ def head_cells(context: LlamaContext, policy: HeadPolicy, tokens: np.ndarray) ->
     """
     summed = "accumulated" in policy.needs
     shared = policy.moves_head_budgets
-    observe = OBSERVED_TOKENS if summed else policy.settings.observation_tokens
+    observe = OBSERVED_TOKENS if summed else 1 if policy.recalls else policy.settings.observation_tokens
     store = HeadStore(context, tokens.tolist(), share=shared, observe=observe, weights=summed, queries="queries" in policy.needs)
     return HeadCells(store, tokens, shared)

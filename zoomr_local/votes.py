@@ -88,7 +88,7 @@ def _summed(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             kv[name] = value
         elif name in _PEAKS:
             kv[name] = max(every)
-        elif name in ("agreement", "resident_mean"):
+        elif name in ("agreement", "cluster_hit_rate", "resident_mean"):
             kv[name] = round(sum(every) / len(every), 4) if every else None
         else:
             kv[name] = sum(every)

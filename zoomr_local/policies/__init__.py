@@ -12,7 +12,7 @@ from .zoomr import Zoomr
 
 POLICIES: dict[str, type[Policy] | type[HeadPolicy]] = {
     **{p.name: p for p in (Zoomr, Full, Sumr, Recency, Streaming, Random, Breadcrumbs)},
-    **{name: p for name, p in HEAD_POLICIES.items() if p.unit == "head"},
+    **HEAD_POLICIES,
 }
 
 __all__ = ["POLICIES", "BlockView", "Policy", "Selection", "Settings", "TokenView"]

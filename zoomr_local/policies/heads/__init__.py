@@ -1,6 +1,6 @@
 """Per-head policies: every layer and KV head keeps its own tokens.
 
-The registry drives the tests; one line adds one. Those of unit "head" are in `policies.POLICIES` too, and run (docs/heads.md).
+The registry drives the tests and is part of `policies.POLICIES`; one line adds one.
 """
 
 from __future__ import annotations

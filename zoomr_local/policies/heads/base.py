@@ -89,8 +89,7 @@ class LayerView:
 
 @dataclass
 class HeadPolicy:
-    """Base of all per-head policies. ``unit`` is "head", or "cluster" for those that bring tokens back, which the engine
-    does not run. The attributes that `policies.Policy` has too mean the same."""
+    """Base of all per-head policies. The attributes that `policies.Policy` has too mean the same."""
 
     settings: HeadSettings = field(default_factory=HeadSettings)
 
@@ -99,6 +98,8 @@ class HeadPolicy:
     unit = "head"
     uses_votes = False
     drops = True
+    recalls = False
+    """What leaves the cells waits in a tier and may come back; such a policy `drops` nothing."""
     calibrated = False
     """Made with the model's `Calibration` as a second argument."""
     moves_head_budgets = False

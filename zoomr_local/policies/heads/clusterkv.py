@@ -39,8 +39,8 @@ class ClusterKV(HeadPolicy):
 
     name = "clusterkv"
     headline = "clusters of keys that the query points at, in every head its own; the others wait in a tier"
-    unit = "cluster"
     drops = False
+    recalls = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,18 +69,26 @@ class ClusterKV(HeadPolicy):
         return min(self.settings.cluster_every_tokens, free // 2)
 
     def begin(self, clusters: Clusters, positions: np.ndarray, keys: np.ndarray, pinned: np.ndarray, layer: int = 0) -> None:
-        """Cluster a prompt: ``positions`` int [n] ascending, ``keys`` [n_kv_head, n, d], bool ``pinned`` [n]."""
-        kept = np.arange(len(positions)) < self.settings.sink_tokens
+        """Cluster a prompt, or a piece of one: ``positions`` int [n] ascending, ``keys`` [n_kv_head, n, d], bool ``pinned`` [n]."""
+        kept = positions < self.settings.sink_tokens
         if self.settings.pin_prompt:
             kept |= pinned
         clusters.keep(positions[kept])
         n = int((~kept).sum())
         self._append(clusters, positions[~kept], keys[:, ~kept], n // self.settings.prefill_cluster_tokens, layer)
 
+    def kept_tokens(self, prompt_tokens: int, pinned: list[tuple[int, int]]) -> int:
+        """How much of a prompt is in no cluster: its sinks and the ranges that are ``pinned``."""
+        kept = np.arange(prompt_tokens) < self.settings.sink_tokens
+        for start, stop in pinned if self.settings.pin_prompt else ():
+            kept[start:stop] = True
+        return int(kept.sum())
+
     def grow(self, clusters: Clusters, positions: np.ndarray, keys: np.ndarray, layer: int = 0) -> None:
-        """Cluster generated tokens, usually ``window_tokens`` of them, with C+ clusters for m tokens."""
+        """Cluster generated tokens, usually ``window_tokens`` of them, with C+ clusters for m tokens, rounded."""
         s = self.settings
-        self._append(clusters, positions, keys, len(positions) * s.clusters_added // s.cluster_every_tokens, layer)
+        wanted = (2 * len(positions) * s.clusters_added + s.cluster_every_tokens) // (2 * s.cluster_every_tokens)
+        self._append(clusters, positions, keys, wanted, layer)
 
     def _append(self, clusters: Clusters, positions: np.ndarray, keys: np.ndarray, n_clusters: int, layer: int) -> None:
         clusters.append(positions, keys, max(1, n_clusters), self.settings.kmeans_iterations, (self.settings.seed, layer))

@@ -93,6 +93,8 @@ class ClusterCache:
         self.used: list[list[np.ndarray]] = []
         self.counted_steps = 0
         self.hit_rate_sum = 0.0
+        self.last_hit_rate: float | None = None
+        """Of the last step; None if it was not counted."""
 
     def step(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
         """Take a step's clusters (int [c_h] for every KV head); those of them that the last R steps did not use."""
@@ -101,9 +103,11 @@ class ClusterCache:
             before = [step[h] for step in self.used]
             missing.append(np.setdiff1d(now, np.concatenate(before)) if before else np.unique(now))
         rates = [1 - len(new) / len(now) for new, now in zip(missing, chosen, strict=True) if len(now)]
-        if rates and 0 < self.steps == len(self.used):
+        counts = bool(rates) and 0 < self.steps == len(self.used)
+        self.last_hit_rate = sum(rates) / len(rates) if counts else None
+        if counts:
             self.counted_steps += 1
-            self.hit_rate_sum += sum(rates) / len(rates)
+            self.hit_rate_sum += self.last_hit_rate
         self.used.append([np.array(now, np.int32) for now in chosen])
         del self.used[: max(0, len(self.used) - self.steps)]
         return missing

@@ -19,7 +19,7 @@ a machine's matrix product adds. Ties go to the older token, or to the cluster m
 _LEAST = {
     "evict_every_tokens": 1, "observation_tokens": 1, "pool_tokens": 1, "pyramid_slope": 1, "head_every_tokens": 1,
     "sink_tokens": 0, "dense_layers": 0, "prefill_cluster_tokens": 1, "cluster_every_tokens": 1, "clusters_added": 1,
-    "kmeans_iterations": 1, "cluster_cache_steps": 0, "seed": 0, "layer_power": 0, "head_power": 0,
+    "kmeans_iterations": 1, "cluster_cache_steps": 0, "select_every_tokens": 1, "seed": 0, "layer_power": 0, "head_power": 0,
 }  # fmt: skip
 _SHARES = ("importance_share", "heavy_share", "demand_mass", "layer_least", "head_floor")
 
@@ -54,7 +54,8 @@ class HeadSettings:
     ``clusters_added`` (C+): its code; the paper's C+ is said to be 4 (second-hand). ``prefill_cluster_tokens``: one cluster
     for so many prompt tokens (L/80, inferred from the code's 400 clusters for 32,000). ``cluster_cache_steps``: R (1 and 2
     in the paper, second-hand). ``cluster_group``: how the query heads of a KV head score together; "mean" is the code's
-    `qavg`. Its default there is a selection for every query head, which a cell per KV head cannot hold.
+    `qavg`. Its default there is a selection for every query head, which a cell per KV head cannot hold. ``select_every_tokens``:
+    a selection after so many; in the code after each.
     """
 
     pin_prompt: bool = True
@@ -82,6 +83,7 @@ class HeadSettings:
     kmeans_iterations: int = 20
     cluster_cache_steps: int = 1
     cluster_group: str = "mean"
+    select_every_tokens: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number outside its range."""
