@@ -186,6 +186,20 @@ def test_causal_mask_equals_no_mask():
         assert torch.allclose(net(ids)[0], net(ids, causal)[0], atol=1e-4)
 
 
+def test_attention_through_views_is_attention_under_the_mask():
+    torch.manual_seed(0)
+    attention = network.Attention(SMALL)
+    q, k, v = torch.randn(2, 2, 90, 32), torch.randn(2, 1, 90, 32), torch.randn(2, 1, 90, 32)
+    mask = (torch.rand(2, 1, 90, 90) < 0.2).tril() | torch.eye(90, dtype=torch.bool)
+    mask[:, :, :, 40:60] &= torch.eye(90, dtype=torch.bool)[:, 40:60]
+    scores = (q @ k.mT / 32**0.5).masked_fill(~mask, -torch.inf)
+    expected = attention.wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    for rows in (16, 64, 256):
+        views = network.views_of(mask, rows)
+        assert torch.allclose(attention.mix(q, k, v, views), expected, atol=1e-5)
+        assert sum(len(w.seen) for w in views) < 90 * len(views) or rows > 90
+
+
 def test_rope_depends_on_distance_only():
     x, y = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     shape = network.Shape(10, width=64, heads=2, kv_heads=1)

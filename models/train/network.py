@@ -48,6 +48,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
+@dataclass(frozen=True)
+class View:
+    """A stretch of queries and the keys that any of them may attend to: half of a causal mask, and less of a ZoomR mask."""
+
+    rows: slice
+    seen: Tensor
+    """int64 [S]"""
+    mask: Tensor
+    """bool [B, 1, rows, S]"""
+
+
+def views_of(mask: Tensor, rows: int = 256) -> list[View]:
+    """The views of a mask, bool [B, 1, T, T], ``rows`` queries each."""
+    views = []
+    for start in range(0, mask.shape[2], rows):
+        stretch = slice(start, start + rows)
+        seen = mask[:, :, stretch].any(2).any(0)[0].nonzero()[:, 0]
+        views.append(View(stretch, seen, mask[:, :, stretch][..., seen]))
+    return views
+
+
 class Attention(nn.Module):
     """Grouped-query attention; returns also the rotated queries and keys for index scores."""
 
@@ -69,11 +90,15 @@ class Attention(nn.Module):
         v = self.wv(x).view(b, t, s.kv_heads, s.head_dim).transpose(1, 2)
         return rotate(q, *angles), rotate(k, *angles), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention output [B, T, D]; `mask` is boolean [B, 1, T, S], None means causal."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, views: list[View] | None) -> Tensor:
+        """Attention output [B, T, D], through the `views` of a mask; None means causal."""
         group = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if views is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            parts = [(q[:, :, w.rows], k[:, :, w.seen], v[:, :, w.seen], w.mask) for w in views]
+            y = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -116,12 +141,13 @@ class Network(nn.Module):
         at = torch.arange(ids.shape[1]) if positions is None else positions[:, None]
         angles = rope_angles(self.shape, at)
         x = self.embedding(ids)
+        views = None if mask is None else views_of(mask)
         tapped = {}
         for i, block in enumerate(self.blocks):
             q, k, v = block.attention.project(block.norm1(x), angles)
             if i in taps:
                 tapped[i] = (q, k)
-            x = block.feed_forward(x + block.attention.mix(q, k, v, mask))
+            x = block.feed_forward(x + block.attention.mix(q, k, v, views))
         return self.norm(x), tapped
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Short recall rows: the drill that makes lookups form early and keeps them alive.
+"""Short rows of lookups and little else: the drills that make them form early and keep them sharp.
 
-Owned by models/train; called by the training loop. A row lists `KEY is VALUE.` for distinct
-keys, then asks for all of them again in another order; only the repeated values count.
+Owned by models/train; called by the training loop. `recall_batch`: a row lists `KEY is VALUE.` for distinct
+keys, then asks for all of them again in another order; only the repeated values count. `reading_batch`: a row is
+a problem's prompt and then what each of its thoughts copies from there, the thoughts in another order; what the
+prompt determines counts. A trace has one such lookup in twenty tokens, such a row one in five.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from random import Random
 
 import numpy as np
 
+from ..tasks import FAMILIES, Problem, prompt_text, split_of
 from ..tasks.series import NUMERALS
 from ..tasks.wording import NAMES
 from ..tokenizer import encode
@@ -36,3 +39,55 @@ def recall_batch(rng: Random, tokens: int, pairs: int) -> tuple[np.ndarray, np.n
         ids[row] = np.array(flat).reshape(-1)
         weights[row, 4 * pairs + 2 :: 4] = 1.0
     return ids, weights
+
+
+def copied(problem: Problem) -> list[tuple[list[int], list[int]]]:
+    """(ids, weights) of what each thought copies from the prompt: its first two sentences and each that stands there as it is.
+
+    The name that a thought begins with is not determined (weight 0), nor is which sentence comes next; the rest is.
+    """
+    given = set(problem.prompt.split(". "))
+    pieces = []
+    for thought in problem.thoughts:
+        begins, needs, *others = thought.text.removesuffix(".").split(". ")
+        ids = encode(f"{begins}. {needs}.")
+        weights = [0, 0] + [1] * (len(ids) - 2)
+        for sentence in others:
+            if sentence in given:
+                more = encode(f" {sentence}.")
+                ids += more
+                weights += [0] * (len(more) - 2) + [1, 0]
+        pieces.append((ids, weights))
+    return pieces
+
+
+def reading_batch(
+    rng: Random, family: str, thoughts: int, tokens: int, context: int = 4096
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, weights, positions), int64, float32 and int64 [B, T], about ``tokens`` in all, of training-split problems.
+
+    weights[b, t] is the loss weight of predicting ids[b, t]; padding has none. Positions leave random gaps before
+    the thoughts, so that the prompt is as far away as in a long trace.
+    """
+    rows: list[tuple[list[int], list[int], np.ndarray]] = []
+    while not rows or len(rows) * len(rows[0][0]) < tokens - len(rows[0][0]) // 2:
+        problem = FAMILIES[family](rng, thoughts)
+        if split_of(family, problem.prompt) != "train":
+            continue
+        ids, weights, starts = encode(prompt_text(problem.prompt)), [], []
+        weights += [0] * len(ids)
+        pieces = copied(problem)
+        for piece, told in rng.sample(pieces, len(pieces)):
+            starts.append(len(ids))
+            ids, weights = ids + piece, weights + told
+        spare = rng.randint(0, max(0, context - len(ids)))
+        gaps = np.zeros(len(ids), np.int64)
+        gaps[starts] = np.diff(sorted(rng.randint(0, spare) for _ in starts), prepend=0)
+        rows.append((ids, weights, np.arange(len(ids)) + gaps.cumsum()))
+    length = max(len(ids) for ids, _, _ in rows)
+    pad = [length - len(ids) for ids, _, _ in rows]
+    return (
+        np.array([[*ids, *[0] * n] for (ids, _, _), n in zip(rows, pad, strict=True)]),
+        np.array([[*w, *[0] * n] for (_, w, _), n in zip(rows, pad, strict=True)], np.float32),
+        np.array([[*at, *[at[-1]] * n] for (_, _, at), n in zip(rows, pad, strict=True)]),
+    )

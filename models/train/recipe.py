@@ -18,7 +18,8 @@ class Stage:
     """A stretch of the run, until `until` (a share of the whole).
 
     thoughts: family to (fewest, most); masked: share of steps under the ZoomR mask;
-    recall_tokens: size of the recall drill in each step (0: none); recall_pairs: most keys.
+    recall_tokens: size of the recall drill in each step (0: none); recall_pairs: most keys; reading_tokens: size of the
+    drill in reading prompts, of the families with long ones in turn.
     """
 
     until: float
@@ -27,6 +28,7 @@ class Stage:
     recall_tokens: int
     recall_pairs: int
     index_weight: float
+    reading_tokens: int = 0
 
 
 MODES = ("joint", "distill")

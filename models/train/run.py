@@ -23,7 +23,7 @@ from .batches import task_batch
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
-from .recall import recall_batch
+from .recall import reading_batch, recall_batch
 from .recipe import Recipe, Stage, load_recipe
 
 _SAVE_EVERY = 120.0  # seconds of training between checkpoints
@@ -125,6 +125,19 @@ def _recall_step(run: Run, stage: Stage, rng: Random) -> float:
     return (right * weights).sum().item() / weights.sum().item()
 
 
+_LONG_PROMPTS = ("dag", "ledger", "linsys")
+
+
+def _reading_step(run: Run, stage: Stage, rng: Random, turn: int) -> float:
+    families = [f for f in _LONG_PROMPTS if f in stage.thoughts]
+    family = families[turn % len(families)]
+    ids, weights, positions = map(torch.from_numpy, reading_batch(rng, family, stage.thoughts[family][1], stage.reading_tokens))
+    hidden, _ = run.net(ids, positions=positions)
+    loss, right = token_loss(run.net, hidden, ids, weights)
+    (run.recipe.recall_weight * loss).backward()
+    return (right * weights).sum().item() / weights.sum().item()
+
+
 def train_step(run: Run, rng: Random) -> dict:
     """One optimiser step; returns what the log says of it."""
     recipe, stage = run.recipe, run.recipe.stage(run.progress)
@@ -154,6 +167,8 @@ def train_step(run: Run, rng: Random) -> dict:
     }  # fmt: skip
     if stage.recall_tokens:
         report["recall"] = _recall_step(run, stage, rng)
+    if stage.reading_tokens:
+        report["reading"] = _reading_step(run, stage, rng, turn)
     run.update(min(recipe.average, run.step / (run.step + 10)))
     run.tokens += batch.ids.size * side_by_side.count()  # rows are cut to about the same number in every process
     return report

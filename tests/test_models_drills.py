@@ -1,0 +1,67 @@
+"""The drills of the training: what a row asks for can be answered from the row, and nothing else is asked."""
+
+import re
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+try:
+    from zoomr_models import tasks, tokenizer
+    from zoomr_models.train import recall
+except ImportError:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from models import tasks, tokenizer
+    from models.train import recall
+
+ASKED = {  # what a thought copies, and the sentence of the prompt that has it
+    "dag": (r"(?:After|Next) (\w+)(?:, (\w+))?\. Need (\w+) and (\w+)\.", "{made} adds {a} and {b}"),
+    "ledger": (r"(?:After (\w+), |Next )(\w+ with \w+)\. Need (\w+) and (\w+)\.", "{made} takes {a} and {b}"),
+    "linsys": (r"(?:After|Next) (\w+)(?:, (\w+))?\. Need (\w+) and (\w+)\.", "{made} with {a} and {b}"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(ASKED))
+def test_what_a_thought_copies_is_in_the_prompt(family):
+    form, sentence = ASKED[family]
+    for problem in tasks.generate(family, 3, 5, 9, "dev"):
+        given = problem.prompt.split(". ")
+        pieces = recall.copied(problem)
+        assert len(pieces) == len(problem.thoughts)
+        for j, (ids, weights) in enumerate(pieces):
+            text = tokenizer.decode(ids)
+            first, made, a, b = re.match(form, text).groups()
+            told = sentence.format(made=made or first, a=a, b=b)
+            whole = f"After {first}, {told}" if j else told
+            assert any(s.endswith(whole) for s in given), (whole, problem.prompt)
+            for name, value in re.findall(r" (\w+ (?:is|makes)) (\d+)\.", text):
+                assert f"{name} {value}" in given
+            asked = [tokenizer.decode([i]).strip() for i, w in zip(ids, weights, strict=True) if w]
+            assert first not in asked[:1] and {a, b} <= set(asked)
+            assert len(ids) == len(weights) and ids[0] == tokenizer.encode("After" if j else "Next")[0]
+
+
+@pytest.mark.parametrize("family", sorted(ASKED))
+def test_a_row_reads_every_sentence_once_and_in_another_order(family):
+    ids, weights, positions = recall.reading_batch(Random(3), family, 12, 900)
+    assert ids.shape == weights.shape == positions.shape and len(ids) > 1
+    assert abs(ids.size - 900) < ids.shape[1]
+    for row, told, at in zip(ids, weights, positions, strict=True):
+        text = tokenizer.decode(row.tolist())
+        prompt = text[text.index("user\n") + 5 : text.index("<|im_end|>")]
+        assert tasks.split_of(family, prompt) == "train"
+        begun = int(np.flatnonzero(told)[0])
+        order = [prompt.index(f"After {name},") for name in re.findall(r"After (\w+),", tokenizer.decode(row[begun:].tolist()))]
+        assert len(order) >= 10 and order != sorted(order)
+        assert not told[: begun - 2].any() and 0 < told.sum() < len(row) - begun
+        assert (np.diff(at) >= 0).all() and at[-1] < 4096 and (np.diff(at[:begun]) == 1).sum() >= begun - 3
+
+
+def test_the_recall_drill_asks_for_every_key_again():
+    ids, weights = recall.recall_batch(Random(0), 200, 6)
+    for row, told in zip(ids, weights, strict=True):
+        first = {k: v for k, v in row[:24].reshape(6, 4)[:, [0, 2]]}
+        asked = np.flatnonzero(told)
+        assert len(asked) == 6 and {row[t - 2]: row[t] for t in asked} == first
