@@ -63,6 +63,7 @@ def evaluation(
     summaries: Annotated[str | None, _listed(_COMPARE, "--summaries", help="How thoughts become blocks: auto,learned,prompted,extractive,off. Default: auto.")] = None,
     thought_min: Annotated[str | None, _listed(_COMPARE, "--thought-min", help="Least tokens of a thought that prompted and extractive cut.")] = None,
     pin_prompt: Annotated[str | None, _listed(_COMPARE, "--pin-prompt", help="Per-head policies: the prompt stays (on), or is evicted as the rest is (off). Default: on.")] = None,
+    dense_layers: Annotated[str | None, _listed(_COMPARE, "--dense-layers", help="Policy clusterkv: so many first layers keep every token, paid for by the others. Default: 0.")] = None,
     summary_max: Annotated[str | None, _listed(_COMPARE, "--summary-max", help="Most tokens the model writes in a prompted summary.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder of records and results. Default: MODEL.eval here.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away this grid's records and start again.")] = False,
@@ -101,7 +102,7 @@ def evaluation(
     paged = next((name for name in policies if name != "full"), "zoomr")
     budgets = [options.budget_tokens(part, path, paged, quiet, **planned) for part in _names("--kv-budget", kv_budget)]
     options.check_policies(policies, budgets, _numbers("--beacon-every", beacon_every) or [None], path, n_gpu_layers)
-    lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window, "summary_rows": summary_rows, "beacon_every": beacon_every, "thought_min": thought_min, "summary_max": summary_max}
+    lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window, "summary_rows": summary_rows, "beacon_every": beacon_every, "thought_min": thought_min, "summary_max": summary_max, "dense_layers": dense_layers}
     heads.check_calibrated(policies, path)
     pins = [] if pin_prompt is None else [heads.pinned(part) for part in _names("--pin-prompt", pin_prompt)]
     modes = [] if summaries is None else _names("--summaries", summaries)

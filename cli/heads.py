@@ -18,6 +18,14 @@ PinPrompt = Annotated[
     ),  # fmt: skip
 ]
 
+DenseLayers = Annotated[
+    int,
+    typer.Option(
+        "--dense-layers", metavar="N", rich_help_panel="KV cache",
+        help="Policy clusterkv: so many first layers keep every token, paid for by the others. The paper has 2.",
+    ),  # fmt: skip
+]
+
 
 def pinned(text: str) -> bool:
     """``on`` or ``off``. Raises UsageError for other text."""
@@ -41,8 +49,12 @@ def refuse(policy: str, **flags: Any) -> None:
     is a per-head one, has no use for."""
     from zoomr_local.policies import POLICIES
 
-    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
-    if POLICIES[policy].unit == "head" and given:
+    kind = POLICIES[policy]
+    if kind.unit != "head":
+        return
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value and not (kind.recalls and name == "kv_ram")]
+    if given:
         several = "have" if len(given) > 1 else "has"
-        raise UsageError(f"{' and '.join(given)} {several} no meaning for policy {policy}: nothing is stored outside its cells, and"
+        stored = "it stores in RAM alone what leaves its cells" if kind.recalls else "nothing is stored outside its cells"
+        raise UsageError(f"{' and '.join(given)} {several} no meaning for policy {policy}: {stored}, and"
                          " its replies cannot be taken up again; leave it out or choose another policy")

@@ -238,7 +238,8 @@ def budget_tokens(
     trial.check(model)
     with Measurer(model, n_gpu_layers=n_gpu_layers, flash_attn=flash_attn) as measured:
         tier = 0
-        if measured.refused is None and POLICIES[policy].unit == "block":
+        kind = POLICIES[policy]
+        if measured.refused is None and (kind.unit == "block" or kind.unit == "head" and kind.recalls):
             most = longest_tokens * measured.page_token_bytes("f16", kv_type) if longest_tokens else kv_ram_bytes
             tier = min(kv_ram_bytes, most)
         chosen = budget_for(

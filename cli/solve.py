@@ -76,6 +76,7 @@ def solve(
     summary_max: options.SummaryMax = None,
     beacon_every: options.BeaconEvery = None,
     pin_prompt: heads.PinPrompt = "on",
+    dense_layers: heads.DenseLayers = 0,
     sinks: options.Sinks = 4,
     max_tokens: options.MaxTokens = 4096,
     think_budget: flags.ThinkBudget = None,
