@@ -119,7 +119,8 @@ def solve(
         threads=options.thread_count(threads, path), refresh=refresh, votes_per_head=votes_per_head,
         zoomed_blocks=zoomed_blocks, window=window, vote_window=vote_window,
         vote_layers=options.layer_list(vote_layers), summary_rows=summary_rows, beacon_every=beacon_every,
-        sinks=sinks, seed=seed, summaries=summaries, thought_min=thought_min, summary_max=summary_max, pin_prompt=pinned, **tiers,
+        sinks=sinks, seed=seed, summaries=summaries, thought_min=thought_min, summary_max=summary_max, pin_prompt=pinned,
+        dense_layers=dense_layers, **tiers,
     )  # fmt: skip
     grammar = None if held is None else held.grammar
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()), grammar)
