@@ -93,7 +93,7 @@ def solve(
     options.known_policy(policy)
     pinned = heads.pinned(pin_prompt)
     heads.refuse(
-        policy, checkpoint=checkpoint, trace=trace, think_budget=think_budget, kv_ram=kv_ram != "1GiB", kv_disk=kv_disk != "8GiB", kv_dir=kv_dir,
+        policy, checkpoint=checkpoint, think_budget=think_budget, kv_ram=kv_ram != "1GiB", kv_disk=kv_disk != "8GiB", kv_dir=kv_dir,
         kv_page_type=kv_page_type != "f16", on_full=on_full != "drop", wait_for_disk=wait_for_disk,
     )  # fmt: skip
     target = output or _default_output(file, policy)

@@ -25,15 +25,11 @@ if TYPE_CHECKING:
 def recording(path: Path | None, engine: Any, sampling: SamplingParams, max_tokens: int, quiet: bool) -> Iterator[Recorder | None]:
     """A recorder of what ``engine`` does, written to ``path``; None, and nothing else, without a path.
 
-    Raises UsageError for a file that cannot be written or is something else, and for a per-head policy.
+    Raises UsageError for a file that cannot be written or is something else.
     """
     if path is None:
         yield None
         return
-    from zoomr_local.policies import POLICIES
-
-    if POLICIES[engine.config.policy].unit == "head":
-        raise UsageError(f"--trace cannot record policy {engine.config.policy} yet: every layer and head has its own tokens; leave it out")
     from zoomr_local.trace_file import TraceWriter
     from zoomr_local.trace_record import Recorder
 

@@ -62,9 +62,10 @@ class TraceWriter:
             raise
         return cls(path, file, cut)
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Add one line; it is in the file after the next ``flush``."""
+    def write(self, line: dict[str, Any]) -> int:
+        """Add one line; it is in the file after the next ``flush``. How many bytes it has."""
         self._lines.append(_dump(line))
+        return len(self._lines[-1])
 
     def flush(self) -> None:
         """Write what was added. Raises OSError (disk full); a part of a line may stand in the file then."""

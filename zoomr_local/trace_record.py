@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .events import BlockClosed, Dropped, Event, Finished, PagedIn, PagedOut, PromptProgress, TokenDecoded, TokenInjected, Voted
+from .events import (
+    BlockClosed, Dropped, Event, Finished, HeadsEvicted, HeadsRecalled, PagedIn, PagedOut, PromptProgress, TokenDecoded, TokenInjected, Voted,
+)  # fmt: skip
 from .timeline import Block, Range
 from .trace_file import FORMAT, HEADER, TraceWriter
+from .trace_held import HeldLines
 
 MOST_VOTED = 64
 """Blocks of a selection whose votes are recorded one by one, the most voted ones; of the others the sum is."""
@@ -114,8 +117,8 @@ class Recorder:
 
     # lines
 
-    def _line(self, event: str, **fields: Any) -> None:
-        self._writer.write({"event": event, **fields})
+    def _line(self, event: str, **fields: Any) -> int:
+        return self._writer.write({"event": event, **fields})
 
     def _begin(self, name: str | int, reply: int = 1) -> None:
         self._end(None)
@@ -126,6 +129,7 @@ class Recorder:
         self._roles: list[tuple[int, int, str]] = []
         self._token: tuple[int, int] | None = None
         self._dropped = [0, 0]  # position, tokens
+        self._held: HeldLines | None = None
         self._on_disk: set[tuple[int, str]] = set()
         self._forgotten = 0
         self._prompt = (0, 0)
@@ -137,8 +141,7 @@ class Recorder:
         if self._open:
             if self._first_seen:
                 self._texts(self._stop, whole=True)
-                self._flush_points(whole=True)
-                self._flush_dropped()
+                self._flush_counts()
             if result is not None:
                 self._line("result", **result)
             self._open = False
@@ -166,6 +169,10 @@ class Recorder:
                 self._block(g.timeline.blocks[event.block], None)
         elif isinstance(event, Dropped):
             self._drop(event, g)
+        elif isinstance(event, HeadsEvicted):
+            self._held.selected(event.position, event.layers, event.held_tokens, sum(event.freed_cells), event.budget_tokens)
+        elif isinstance(event, HeadsRecalled):
+            self._held.recalled(event.position, event.layers, g.cache.held, sum(event.recalled_cells))
         elif isinstance(event, Finished):
             self._finished(event)
         else:
@@ -194,6 +201,8 @@ class Recorder:
             self._block(block, resident)
         self._forgotten = int(g.cache.forgotten().sum())
         self._corners.add(len(g.timeline), g.cache.resident_tokens)
+        if self._engine.policy.unit == "head":
+            self._held = HeldLines(g.cells, self._engine.policy.recalls, self._line)
 
     def _decoded(self, event: TokenDecoded | TokenInjected) -> None:
         if not self._prompt_done:
@@ -251,14 +260,19 @@ class Recorder:
 
     def _finished(self, event: Finished) -> None:
         self._texts(self._stop, whole=True)
-        self._flush_points(whole=True)
-        self._flush_dropped()
+        self._flush_counts()
         self._places(len(self._generation.timeline), self._generation)
         told = event.as_dict()
         for text in ("content", "reasoning"):  # in the texts already
             del told[text]
         self._line(**told)
         self._writer.flush()
+
+    def _flush_counts(self) -> None:
+        self._flush_points(whole=True)
+        self._flush_dropped()
+        if self._held is not None:
+            self._held.flush()
 
     def _flush_points(self, whole: bool = False) -> None:
         points = self._corners.take(whole)

@@ -6,7 +6,8 @@ have written: whatever is not understood is counted and left out, and nothing he
 A picture's rows are the prompt, the blocks and the loose texts by position. A row's ``states`` and ``summary_states``
 are stretches [from, to, state] in tokens of the whole sequence, ascending and without gaps from its first token on:
 ``written`` (until it was closed), ``cells``, ``zoomed`` (in cells and chosen by votes), ``ram``, ``disk``, ``lost``,
-``dropped``, or ``loose``: single tokens of it were dropped, and a trace does not say which.
+``dropped``, or ``loose``: single tokens of it were dropped, and a trace does not say which. ``heads`` is what a per-head cache
+held (`trace_held.HeldReader`), None under other policies.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 from typing import Any
 
 from .trace_file import Recorded
+from .trace_held import HeldReader
 
 WRITTEN, CELLS, ZOOMED, RAM, DISK, LOST, DROPPED, LOOSE = "written", "cells", "zoomed", "ram", "disk", "lost", "dropped", "loose"
 IN_CACHE = (WRITTEN, CELLS, ZOOMED)
@@ -85,6 +87,7 @@ class _Reader:
         self.turns: list[list[int]] = []
         self.notes: list[list[Any]] = []
         self.dropped_tokens = 0
+        self.held = HeldReader()
         self.loose_from: int | None = None
         self.finished: dict[str, Any] | None = None
         self.result: dict[str, Any] = {}
@@ -169,6 +172,15 @@ class _Reader:
         if self.loose_from is None:
             self.loose_from = self._position(line)
 
+    def on_heads(self, line: dict[str, Any]) -> None:
+        self.held.heads(line)
+
+    def on_held(self, line: dict[str, Any]) -> None:
+        position = self.held.held(line)
+        self.end = max(self.end, position)
+        if self.loose_from is None and position:
+            self.loose_from = position
+
     def on_turn(self, line: dict[str, Any]) -> None:
         self.turns.append([_count(line, "number"), self._position(line)])
 
@@ -241,7 +253,7 @@ def picture(problem: Recorded) -> dict[str, Any]:
         "zoomr": _words(header, "zoomr"), "settings": _settings(header.get("settings")),
         "tokens": reader.end, "prompt_tokens": reader.prompt_tokens, "finished": reader.finished, "result": reader.result,
         "rows": rows, "zooms": sum(row["zooms"] for row in rows), "cells": reader.cells, "votes": reader.votes,
-        "turns": reader.turns, "notes": reader.notes, "dropped_tokens": reader.dropped_tokens, "skipped_lines": reader.skipped,
+        "heads": reader.held.found, "turns": reader.turns, "notes": reader.notes, "dropped_tokens": reader.dropped_tokens, "skipped_lines": reader.skipped,
     }  # fmt: skip
 
 
