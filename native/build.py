@@ -1,7 +1,8 @@
 """Builds the native libraries in a checkout, for developers and for tests.
 
     python native/build.py                 the patched library, in build/dev/lib (zoomr_local finds it there)
-    python native/build.py --stock         also the same source without the patch, in build/dev/stock
+    python native/build.py --stock         also the same source without the patch, in build/dev/stock,
+                                           and in build/dev/stock/models the vocabularies that tests use
     python native/build.py --only-stock    the latter alone
 
 Needs CMake 3.21; uses Ninja if it is there. CMAKE_ARGS is passed on, as in `pip install`.

@@ -25,6 +25,8 @@ PATCH_FILE = HERE / "zoomr.patch"
 
 # what the two libraries are built from; tools, tests, examples and the web UI stay packed
 WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
+# vocabularies without weights, and chat templates: the tests' alone, so unpacked beside the unpatched source only
+TEST_DATA = ("models",)
 
 
 class EngineSourceError(Exception):
@@ -65,15 +67,15 @@ def download(folder: Path) -> Path:
     return found[-1]
 
 
-def unpack(archive: Path, target: Path) -> None:
-    """vendor/llama.cpp of the archive into ``target``, which must not exist."""
+def unpack(archive: Path, target: Path, wanted: tuple[str, ...] = WANTED) -> None:
+    """What is ``wanted`` of vendor/llama.cpp in the archive into ``target``, which must not exist."""
     parent = target.with_name(target.name + ".part")
     shutil.rmtree(parent, ignore_errors=True)
     with tarfile.open(archive) as tar:
         top = tar.getnames()[0].split("/")[0]
         prefix = f"{top}/vendor/llama.cpp/"
         members = [m for m in tar.getmembers()
-                   if m.name.startswith(prefix) and m.name[len(prefix):].split("/")[0] in WANTED]
+                   if m.name.startswith(prefix) and m.name[len(prefix):].split("/")[0] in wanted]
         if not members:
             raise EngineSourceError(f"{archive} holds no vendor/llama.cpp")
         for m in members:
@@ -84,12 +86,12 @@ def unpack(archive: Path, target: Path) -> None:
     parent.rename(target)
 
 
-def copy_local(source: Path, target: Path) -> None:
-    """The wanted parts of a local llama.cpp tree, modification times kept so that a rebuild is incremental."""
+def copy_local(source: Path, target: Path, wanted: tuple[str, ...] = WANTED) -> None:
+    """What is ``wanted`` of a local llama.cpp tree, modification times kept so that a rebuild is incremental."""
     if not (source / "src" / "llama-graph.cpp").is_file():
         raise EngineSourceError(f"ZOOMR_LLAMA_CPP_DIR={source} is no llama.cpp source directory (no src/llama-graph.cpp)")
     target.mkdir(parents=True)
-    for name in WANTED:
+    for name in wanted:
         path = source / name
         if path.is_dir():
             shutil.copytree(path, target / name)
@@ -186,15 +188,16 @@ def prepare(work: Path, local: Path | None = None, pristine: bool = False) -> Pa
     origin = f"local {local}" if local else f"{version} {digest}"
     tree = work / ("pristine" if pristine else "source")
     mark = tree / ".zoomr-origin"
-    want = f"{origin}\n{WANTED}\n" + ("" if pristine else hashlib.sha256(PATCH_FILE.read_bytes()).hexdigest())
+    wanted = (*WANTED, *TEST_DATA) if pristine else WANTED
+    want = f"{origin}\n{wanted}\n" + ("" if pristine else hashlib.sha256(PATCH_FILE.read_bytes()).hexdigest())
     if local or not mark.is_file() or mark.read_text() != want:
         before = patched_files(tree)
         shutil.rmtree(tree, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         if local:
-            copy_local(local, tree)
+            copy_local(local, tree, wanted)
         else:
-            unpack(download(work / "download"), tree)
+            unpack(download(work / "download"), tree, wanted)
         if not pristine:
             apply_patch(tree)
             keep_times(before)

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from conftest import ROOT
@@ -88,6 +89,20 @@ def test_a_local_source_is_copied_and_a_patched_one_left_alone(tree, tmp_path):
     assert not engine.is_patched(pristine)
     with pytest.raises(engine.EngineSourceError, match="needs an unpatched source"):
         engine.prepare(work, local=made, pristine=True)
+
+
+def test_vocabularies_are_unpacked_for_the_tests_alone(tree, tmp_path):
+    (tree / "models" / "templates").mkdir(parents=True)
+    (tree / "models" / "ggml-vocab-x.gguf").write_bytes(b"GGUF")
+    packed = tmp_path / "packed.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tree, "llama_cpp_python-0/vendor/llama.cpp")
+    engine.unpack(packed, tmp_path / "archive")
+    engine.unpack(packed, tmp_path / "archive-pristine", (*engine.WANTED, *engine.TEST_DATA))
+    user, tests = engine.prepare(tmp_path / "work", local=tree), engine.prepare(tmp_path / "work", local=tree, pristine=True)
+    assert not (user / "models").exists() and not (tmp_path / "archive" / "models").exists()
+    for made in (tests, tmp_path / "archive-pristine"):
+        assert (made / "models" / "ggml-vocab-x.gguf").read_bytes() == b"GGUF" and (made / "src").is_dir()
 
 
 def test_a_folder_without_a_source_is_said_to_be_one(tmp_path):
