@@ -36,7 +36,7 @@ from zoomr_local.policies.heads import ClusterKV, Clusters, HeadSettings
 from zoomr_local.policies.heads.recall import recall_rate, select_blocks, select_pages
 
 BUDGETS = (64, 128, 256, 512)
-FIRST_STEP, EVERY = 1024, 211
+FIRST_STEP, EVERY = 1024, 307
 """Steps begin where the greatest budget is half of the text, so that all budgets are measured at the same steps; they keep clear of the pages' period."""
 PAGE_TOKENS, BLOCK_TOKENS = 16, 32
 _BATCH_TOKENS = 512
