@@ -1,11 +1,13 @@
-"""Milliseconds per token with a per-head store against the uniform cache, both full: what its form alone costs.
+"""Milliseconds per token with a per-head store against the uniform cache, both full, and against stock llama.cpp at depth.
 
-    python -m benchmarks.heads --wait 5 --json
+    python -m benchmarks.heads --wait 5 --deep 32768 --stock DIR --json
 
 One process, one computing at a time, in turns whose order rotates, as in `benchmarks.speed`. Every configuration is filled
 with a real prefill to its budget; then each turn frees as many tokens as it decodes, so that attention always runs over
 a full budget. In the uniform cache the oldest tokens leave, in the stores random ones of each layer and head.
-Sampling and policies are not part of it. Nothing is compared with another run's figures: ratios are taken within a round.
+Sampling and policies are not part of it. With ``--deep`` stock llama.cpp (as in `benchmarks.speed`, a process of its own each with
+flash attention on and off) takes its turns in the same rounds, with so many tokens in its cache: what a text of that
+length costs where nothing ever leaves. Nothing is compared with another run's figures: ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import make_model, report, speed
-from benchmarks.turns import ROOT
+from benchmarks.turns import ROOT, Worker
 from zoomr_local.libllama import LlamaContext, LlamaModel
 from zoomr_local.libllama.heads import HeadStore
 
@@ -75,6 +77,22 @@ class Filled:
         return 1e3 * sum(seconds[a.warm:]) / a.turn, 1e3 * freed
 
 
+class Deep:
+    """Stock llama.cpp with ``args.deep`` tokens in its cache, in a process of its own."""
+
+    def __init__(self, model: Path, flash: bool, args: argparse.Namespace) -> None:
+        self.args = args
+        room = max(speed.LEAST_ROOM, args.warm + args.turn)
+        options = {"model": str(model), "threads": args.threads, "room": room, "depths": [args.deep], "flash": flash}
+        self.worker = Worker("benchmarks.stock", options, {"LLAMA_CPP_LIB_PATH": str(args.stock.resolve())})
+        self.worker.ask("prepare")
+
+    def turn(self) -> tuple[float, float]:
+        """As `Filled.turn`; nothing is freed."""
+        seconds = self.worker.ask("turn", depth=self.args.deep, tokens=self.args.warm + self.args.turn)
+        return 1e3 * sum(seconds[self.args.warm:]) / self.args.turn, 0.0
+
+
 def options(argv: list[str]) -> argparse.Namespace:
     """Parse and check the command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -85,18 +103,25 @@ def options(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--turn", type=int, default=16, help="counted tokens of a turn")
     p.add_argument("--warm", type=int, default=2, help="tokens at a turn's start that are not counted")
+    p.add_argument("--deep", type=int, default=0, metavar="TOKENS", help="also stock llama.cpp with so many tokens in its cache")
+    p.add_argument("--stock", type=Path, default=speed.find_stock(), help="directory of the stock library, for --deep")
     p.add_argument("--fa-off", action="store_true", help="without flash attention")
     p.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="wait so long for an idle machine at most")
     p.add_argument("--json", nargs="?", type=Path, const=Path("."), help="write the result here (default: benchmarks/results/)")
     args = p.parse_args(argv)
     if args.turn + args.warm > args.budget:
         p.error(f"a turn of {args.warm} + {args.turn} tokens does not fit into a budget of {args.budget}")
+    if args.deep and not args.stock:
+        p.error("--deep needs the stock library: python native/build.py --stock")
     return args
 
 
 def measure(args: argparse.Namespace, model: LlamaModel) -> dict[str, Any]:
     """The result that is written as JSON, without what it ran on."""
-    runs = {"uniform": Filled(model, None, args), **{name: Filled(model, store, args) for name, store in STORES.items()}}
+    runs: dict[str, Filled | Deep] = {"uniform": Filled(model, None, args)}
+    runs |= {name: Filled(model, store, args) for name, store in STORES.items()}
+    deep = {f"stock at {args.deep}, FA {'on' if flash else 'off'}": flash for flash in (True, False)} if args.deep else {}
+    runs |= {name: Deep(model.path, flash, args) for name, flash in deep.items()}
     names = list(runs)
     ms: dict[str, list[float]] = {name: [] for name in names}
     freed: dict[str, list[float]] = {name: [] for name in names}
@@ -108,10 +133,14 @@ def measure(args: argparse.Namespace, model: LlamaModel) -> dict[str, Any]:
                 ms[name].append(token)
                 freed[name].append(free)
         speed.tell(f"round {number + 1} of {args.rounds}")
-    over = {name: report.ratio(ms[name], ms["uniform"]) for name in names[1:]}
-    return {"ms_per_token": {n: report.spread(v) for n, v in ms.items()}, "over_uniform": over,
-            "ms_freeing_a_turn": {n: report.spread(v) for n, v in freed.items()},
-            "kv_bytes": {n: runs[n].store.kv_bytes for n in names[1:]}}
+    for name in deep:
+        runs[name].worker.close()
+    best = min(deep, key=lambda name: report.spread(ms[name])["median"], default=None)
+    return {"ms_per_token": {n: report.spread(v) for n, v in ms.items()},
+            "over_uniform": {name: report.ratio(ms[name], ms["uniform"]) for name in STORES},
+            "stock_best": best, "stock_over": {name: report.ratio(ms[best], ms[name]) for name in STORES if best},
+            "ms_freeing_a_turn": {n: report.spread(v) for n, v in freed.items() if n not in deep},
+            "kv_bytes": {n: runs[n].store.kv_bytes for n in STORES}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,10 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, figures in result["ms_per_token"].items():
         ratio = result["over_uniform"].get(name)
         tail = f", {ratio['median']:.3f} of uniform ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else ""
+        deep = result["stock_over"].get(name)
+        tail += f", {result['stock_best']} {deep['median']:.2f} times as long ({deep['min']:.2f} to {deep['max']:.2f})" if deep else ""
         print(f"{name}: {figures['median']:.2f} ms a token ({figures['min']:.2f} to {figures['max']:.2f}){tail}")
     if args.json:
         target = args.json if args.json.suffix == ".json" else ROOT / "benchmarks" / "results" / f"heads-{args.shape}.json"
-        settings = {"budget_tokens": args.budget, "rounds": args.rounds, "turn_tokens": args.turn, "flash": not args.fa_off}
+        settings = {"budget_tokens": args.budget, "deep_tokens": args.deep, "rounds": args.rounds, "turn_tokens": args.turn, "flash": not args.fa_off}
         whole = {"benchmark": "heads", "date": datetime.date.today().isoformat(), "commit": speed.commit(), "machine": host,
                  "threads": args.threads, "model": path.name, "settings": settings, **result}
         target.parent.mkdir(parents=True, exist_ok=True)

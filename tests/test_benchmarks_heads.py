@@ -35,6 +35,28 @@ def test_every_configuration_is_measured_against_the_uniform_cache(flash: bool, 
     assert "heads, one pool a layer" in capsys.readouterr().out
 
 
+def test_stock_at_depth_takes_its_turns_in_the_same_rounds(model: Path, tmp_path: Path, capsys) -> None:
+    stock = heads.speed.find_stock()
+    assert stock is not None, "no stock library to compare with: python native/build.py --stock"
+    out = tmp_path / "result.json"
+    words = ["--model", str(model), "--budget", "64", "--rounds", "2", "--turn", "3", "--threads", "1", "--json", str(out)]
+    assert heads.main([*words, "--deep", "400", "--stock", str(stock)]) == 0
+    result = json.loads(out.read_text())
+    best, ms = result["stock_best"], result["ms_per_token"]
+    assert best in {"stock at 400, FA on", "stock at 400, FA off"} <= set(ms) and len(ms[best]["values"]) == 2
+    assert ms[best]["median"] == min(ms[name]["median"] for name in ms if name.startswith("stock"))
+    for name in heads.STORES:
+        assert result["stock_over"][name]["values"] == pytest.approx([a / b for a, b in zip(ms[best]["values"], ms[name]["values"])], rel=1e-3)
+    assert f"{best} " in capsys.readouterr().out
+
+
+def test_depth_without_the_stock_library_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(heads.speed, "find_stock", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        heads.options(["--deep", "400"])
+    assert stop.value.code == 2 and "native/build.py --stock" in capsys.readouterr().err
+
+
 def test_every_turn_runs_over_a_full_budget(model: Path) -> None:
     args = heads.options(["--model", str(model), "--budget", "64", "--turn", "5", "--threads", "1"])
     with heads.LlamaModel(model) as loaded:
