@@ -26,8 +26,10 @@ from .timeline import Range
 
 
 class ClusterGeneration(HeadGeneration):
-    """Pages single heads' cells by the policy. ``asked`` is called with every (layer, clusters, query, newest_tokens,
-    selection) before cells are exchanged: for tests."""
+    """Pages single heads' cells by the policy. Clusters are of all layers that select, one after the other.
+
+    ``asked`` is called with every (layers, clusters, queries, newest_tokens, selection) before cells are exchanged: for tests.
+    """
 
     def _new_cache(self, context: Any, store: Any, budget_tokens: int, on_full: str) -> KVCache:
         return RecallCache(self.cells, context, store, budget_tokens, self.timeline)
@@ -46,8 +48,8 @@ class ClusterGeneration(HeadGeneration):
                 raise BudgetError(f"--kv-budget {self.cache.budget_tokens}: {error}; take a larger budget") from None
         self._ahead = min(s.select_every_tokens, max(1, self._window // 2))
         self.cache.open_tier(self._selecting, length_tokens)
-        self._clusters = {layer: Clusters(heads.n_head_kv, heads.head_dim) for layer in self._selecting}
-        self._used = {layer: ClusterCache(s.cluster_cache_steps) for layer in self._selecting}
+        self._clusters = Clusters(len(self._selecting) * heads.n_head_kv, heads.head_dim)
+        self._used = ClusterCache(s.cluster_cache_steps)
         self._pieces: list[Range] = []
         self._open = self._next_selection = 0
 
@@ -83,61 +85,51 @@ class ClusterGeneration(HeadGeneration):
 
     def _select(self, n_coming: int) -> Iterator[Event]:
         """A selection of every layer, with room for so many tokens in each."""
-        newest = len(self.timeline) - self._open + n_coming
-        queries = self.heads.queries()[:, -1]
         for start, stop in self._pieces:
-            for layer in self._selecting:
-                self._cluster(layer, start, stop)
+            self._cluster(start, stop)
         self._pieces.clear()
-        moved = np.array([self._exchange(layer, queries[layer], newest) for layer in self._selecting])
+        now, layers, n = len(self.timeline), np.array(self._selecting), self.heads.n_head_kv
+        clusters, queries, newest = self._clusters, self.heads.queries()[layers, -1], now - self._open + n_coming
+        budgets = self.cells.layer_tokens[layers].repeat(n)
+        found = self.policy.select(clusters, queries.reshape(-1, queries.shape[-1]), budgets, newest)
+        self._used.step(found.clusters)
+        if self.asked is not None:
+            self.asked(self._selecting, clusters, queries, newest, found)
+        wanted = np.zeros((len(found.tokens), now), bool)
+        wanted[:, clusters.kept] = True
+        wanted[:, clusters.positions] = found.tokens
+        wanted[:, self._open :] = True
+        freed, filled = np.array([self.cache.exchange(layer, wanted[i * n : i * n + n]) for i, layer in enumerate(self._selecting)]).T
         self.refreshes += 1
-        now, layers = len(self.timeline), np.array(self._selecting)
-        freed, filled = moved.T
         if freed.any():
             some = freed > 0
             held = tuple(map(tuple, self.cache.held.tolist()))
             yield HeadsEvicted(now, tuple(layers[some].tolist()), tuple(freed[some].tolist()), held)
         if filled.any():
             some = filled > 0
-            yield HeadsRecalled(now, tuple(layers[some].tolist()), tuple(filled[some].tolist()), self._last_hit_rate())
+            yield HeadsRecalled(now, tuple(layers[some].tolist()), tuple(filled[some].tolist()), _rounded(self._used.last_hit_rate))
 
-    def _exchange(self, layer: int, query: np.ndarray, newest_tokens: int) -> tuple[int, int]:
-        clusters = self._clusters[layer]
-        found = self.policy.select(clusters, query, self.cells.layer_tokens[layer], newest_tokens)
-        self._used[layer].step(found.clusters)
-        if self.asked is not None:
-            self.asked(layer, clusters, query, newest_tokens, found)
-        wanted = np.zeros((self.heads.n_head_kv, len(self.timeline)), bool)
-        wanted[:, clusters.kept] = True
-        wanted[:, clusters.positions] = found.tokens
-        wanted[:, self._open :] = True
-        return self.cache.exchange(layer, wanted)
-
-    def _cluster(self, layer: int, start: int, stop: int) -> None:
+    def _cluster(self, start: int, stop: int) -> None:
         """Cluster the tokens of a piece, all of them in cells: of the prompt, or written since."""
         positions = np.arange(start, stop)
-        keys = np.stack([self._keys(layer, head, start, stop) for head in range(self.heads.n_head_kv)])
+        heads = range(self.heads.n_head_kv)
+        keys = np.stack([self._keys(layer, head, start, stop) for layer in self._selecting for head in heads])
         if start < len(self.prompt):
-            self.policy.begin(self._clusters[layer], positions, keys, self._is_pinned[start:stop], layer)
+            self.policy.begin(self._clusters, positions, keys, self._is_pinned[start:stop])
         else:
-            self.policy.grow(self._clusters[layer], positions, keys, layer)
+            self.policy.grow(self._clusters, positions, keys)
 
     def _keys(self, layer: int, head: int, start: int, stop: int) -> np.ndarray:
         cells, positions = self.heads.resident(layer, head)
         return self.heads.keys(layer, head, cells[(positions >= start) & (positions < stop)])
 
-    def _last_hit_rate(self) -> float | None:
-        rates = [used.last_hit_rate for used in self._used.values() if used.last_hit_rate is not None]
-        return round(sum(rates) / len(rates), 4) if rates else None
-
-    def _hit_rate(self) -> float | None:
-        """Over all layers and selections that are counted."""
-        steps = sum(used.counted_steps for used in self._used.values())
-        return round(sum(used.hit_rate_sum for used in self._used.values()) / steps, 4) if steps else None
-
     def _stats(self) -> CacheStats:
         stored, cells = self.cache.tier.stored_bytes, self.cache.held.size
         return replace(
-            super()._stats(), paged_out_bytes=stored, ram_bytes=stored, cluster_hit_rate=self._hit_rate(),
+            super()._stats(), paged_out_bytes=stored, ram_bytes=stored, cluster_hit_rate=_rounded(self._used.hit_rate),
             recalled_tokens=-(-self.cache.recalled_cells // cells),
         )  # fmt: skip
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 4)

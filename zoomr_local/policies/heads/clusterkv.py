@@ -96,8 +96,8 @@ class ClusterKV(HeadPolicy):
     def select(self, clusters: Clusters, queries: np.ndarray, budgets: np.ndarray, newest_tokens: int) -> ClusterSelection:
         """The clusters for one token's queries (float [n_head, d]) in each head's budget (int [n_kv_head]).
 
-        Clusters are taken by descending score until they fill what kept and newest tokens leave; of the last one the oldest
-        tokens stay. Of equal scores the cluster made first. O(n_head * C * d + n_kv_head * (C log C + budget)).
+        ``clusters`` and ``queries`` may be of several layers, one after the other. Clusters are taken by descending score until they fill what kept and newest tokens leave; of the last one the oldest
+        tokens stay. Of equal scores the cluster made first. O(n_head * C * d + n_kv_head * (C log C + n)).
         Raises ValueError if a budget does not hold kept and newest tokens.
         """
         fixed = len(clusters.kept) + newest_tokens
@@ -105,18 +105,14 @@ class ClusterKV(HeadPolicy):
         if (rooms < 0).any():
             raise ValueError(f"a budget of {rooms.min() + fixed} cells cannot hold {fixed} kept and newest tokens")
         scores = np.round(self.cluster_scores(clusters, queries), DECIMALS)
-        tokens = np.zeros(clusters.labels.shape, bool)
-        chosen, trimmed = [], np.zeros(len(rooms), np.int64)
-        for h, room in enumerate(rooms.tolist()):
-            taken, over = take(scores[h], np.diff(clusters.starts[h]), room)
-            for c in taken:
-                tokens[h, clusters.members[h, clusters.starts[h, c]: clusters.starts[h, c + 1]]] = True
-            if over:
-                last = clusters.starts[h, taken[-1] + 1]
-                tokens[h, clusters.members[h, last - over: last]] = False
-            chosen.append(taken)
-            trimmed[h] = over
-        return ClusterSelection(tokens, chosen, trimmed)
+        order, n_taken, trimmed = take(scores, clusters.sizes, rooms)
+        taken = np.zeros(scores.shape, bool)
+        np.put_along_axis(taken, order, np.arange(scores.shape[1]) < n_taken[:, None], axis=1)
+        tokens = np.take_along_axis(taken, clusters.labels, axis=1)
+        for h in np.flatnonzero(trimmed):
+            last = clusters.starts[h, order[h, n_taken[h] - 1] + 1]
+            tokens[h, clusters.members[h, last - trimmed[h] : last]] = False
+        return ClusterSelection(tokens, [row[:n] for row, n in zip(order, n_taken.tolist(), strict=True)], trimmed)
 
     def cluster_scores(self, clusters: Clusters, queries: np.ndarray) -> np.ndarray:
         """float64 [n_kv_head, C]: inner products with the centroids, mean or maximum over the query heads of a KV head."""
@@ -126,13 +122,15 @@ class ClusterKV(HeadPolicy):
         return products.mean(axis=1) if self.settings.cluster_group == "mean" else products.max(axis=1)
 
 
-def take(scores: np.ndarray, sizes: np.ndarray, room: int) -> tuple[np.ndarray, int]:
-    """(clusters by descending score until their ``sizes`` fill ``room``, tokens of the last one that are too many).
+def take(scores: np.ndarray, sizes: np.ndarray, rooms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order int64 [n_kv_head, C], taken int64 [n_kv_head], over int64 [n_kv_head]): of each head's clusters by descending score,
+    empty ones last, the first ``taken`` fill ``rooms``, and of the last of them ``over`` tokens are too many.
 
-    Empty clusters are never taken; of equal scores the first.
+    Of equal scores the first. ``scores`` and ``sizes`` [n_kv_head, C].
     """
-    order = np.argsort(-scores, kind="stable")
-    order = order[sizes[order] > 0]
-    before = np.cumsum(sizes[order]) - sizes[order]
-    taken = order[before < room]
-    return taken, max(0, int(sizes[taken].sum()) - room)
+    order = np.argsort(np.where(sizes > 0, -scores, np.inf), axis=1, kind="stable")
+    by_score = np.take_along_axis(sizes, order, axis=1)
+    filled = by_score.cumsum(axis=1)
+    some = (filled - by_score < rooms[:, None]) & (by_score > 0)
+    taken = some.sum(axis=1)
+    return order, taken, np.maximum(0, (by_score * some).sum(axis=1) - rooms)

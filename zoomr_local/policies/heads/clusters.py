@@ -11,7 +11,7 @@ from .kmeans import draw_first, kmeans
 
 
 class Clusters:
-    """Clusters of one layer. Every KV head has as many, over the same tokens; a cluster may be empty.
+    """Clusters of the KV heads of one layer, or of several. Every one has as many, over the same tokens; a cluster may be empty.
 
     ``kept`` int32 [k]: positions that are always resident (sinks, pinned), in no cluster. ``positions`` int32 [n]: the
     clustered tokens, ascending. ``labels`` int32 [n_kv_head, n]: each one's cluster. ``centroids`` float32 [n_kv_head, C, d].
@@ -51,7 +51,8 @@ class Clusters:
         if (np.diff(positions) <= 0).any() or (len(self.positions) and positions[0] <= self.positions[-1]):
             raise ValueError(f"tokens from position {positions[0]} cannot be clustered after position {self.positions[-1:]}: not ascending")
         first = draw_first(len(keys), len(positions), min(n_clusters, len(positions)), (*seed, int(positions[0])))
-        centroids, labels = kmeans(keys, first, iterations)
+        made = [kmeans(keys[h : h + 1], first[h : h + 1], iterations) for h in range(len(keys))]  # one by one: n x C floats at a time
+        centroids, labels = (np.concatenate(each) for each in zip(*made, strict=True))
         self.labels = np.concatenate([self.labels, labels + self.n_clusters], axis=1).astype(np.int32)
         self.centroids = np.concatenate([self.centroids, centroids], axis=1).astype(np.float32)
         self.positions = np.concatenate([self.positions, positions]).astype(np.int32)
@@ -77,7 +78,8 @@ class Clusters:
 
     def _index(self) -> None:
         self.members = np.argsort(self.labels, axis=1, kind="stable").astype(np.int32)
-        counts = [np.bincount(head, minlength=self.n_clusters) for head in self.labels]
+        counts = np.array([np.bincount(head, minlength=self.n_clusters) for head in self.labels], np.int64)
+        counts = counts.reshape(len(self.labels), self.n_clusters)
         self.starts = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
 
 
@@ -98,10 +100,8 @@ class ClusterCache:
 
     def step(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
         """Take a step's clusters (int [c_h] for every KV head); those of them that the last R steps did not use."""
-        missing = []
-        for h, now in enumerate(chosen):
-            before = [step[h] for step in self.used]
-            missing.append(np.setdiff1d(now, np.concatenate(before)) if before else np.unique(now))
+        before = [set().union(*(step[h].tolist() for step in self.used)) for h in range(len(chosen))]
+        missing = [np.array(sorted(set(now.tolist()) - seen), np.int64) for now, seen in zip(chosen, before, strict=True)]
         rates = [1 - len(new) / len(now) for new, now in zip(missing, chosen, strict=True) if len(now)]
         counts = bool(rates) and 0 < self.steps == len(self.used)
         self.last_hit_rate = sum(rates) / len(rates) if counts else None
