@@ -155,9 +155,9 @@ def chat(
         say(engine, quiet)
         talk = Conversation(loaded, engine, system or None, keep_thinking)
         loop = ChatLoop(talk, store, Screen(quiet), sampling, max_tokens, think_budget, thinking, name)
-        loop.models = models
+        loop.models, loop.asked = models, bool(session or continue_)
         if continue_:
-            loop.load(session or LAST)
+            loop.load(session or LAST, loop.screen.note)
             if system is not None:
                 talk.set_system(system)
         if editor is None:
@@ -165,7 +165,7 @@ def chat(
         cells = f", {engine.config.kv_budget:,} cells" if policy != "full" else ""
         loop.screen.note(f"{loaded.name}, policy {policy}{cells}; /help lists the commands")
         loop.run(editor)
-    return 0
+        return 1 if loop.failed else 0
 
 
 def _editor(store: Any, save: bool) -> Any:
@@ -177,7 +177,11 @@ def _editor(store: Any, save: bool) -> Any:
 
 
 def _single(loop: ChatLoop, question: str, as_json: bool) -> int:
-    """One question from a pipe: the answer, or one JSON object, on stdout. 1 if there is no answer, 130 if interrupted."""
+    """One question from a pipe: the answer, or one JSON object, on stdout.
+
+    1 if there is no answer, or if it could not be kept by name as was asked, 130 if interrupted.
+    """
+    loop.rescue = "the answer is on stdout, and nowhere else"
     if as_json:
         loop.screen.answer = lambda text: None  # type: ignore[method-assign]
     done = loop.reply(lambda: loop.talk.send(question, loop.sampling, loop.max_tokens, loop.limits()), terminal=False)
@@ -189,7 +193,7 @@ def _single(loop: ChatLoop, question: str, as_json: bool) -> int:
         print(flush=True)
     if done.reason == "cancelled":
         return 130
-    return 0 if done.content.strip() else 1
+    return 0 if done.content.strip() and not loop.failed else 1
 
 
 def _record(done: Finished) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from .chat_view import visible
 if TYPE_CHECKING:
     from .chat_loop import ChatLoop
 
+_INDEXED = {"extractive": "the mean keys of its sentences", "off": "the mean keys of 32 tokens each"}
+"""Ways of summarising that write no text, and what stands for a block then."""
+
 
 class CacheCommands:
     """What `chat_commands.py` has of this kind."""
@@ -25,7 +28,7 @@ class CacheCommands:
         """/kv [all]: draw the cache: every block in order, where it is, what is zoomed or pinned, and the budget."""
         state = cache_state(self.chat.engine)
         if state is None:
-            raise UsageError("nothing is in the cache yet")
+            raise UsageError(self._nothing("nothing is in the cache"))
         blocks = self.chat.engine.generation.timeline.blocks
         width = shutil.get_terminal_size().columns
         self._print(chat_view.kv_lines(state, lambda row: self._label(row, blocks), width, rest == "all"))
@@ -36,7 +39,7 @@ class CacheCommands:
         generation = self.chat.engine.generation
         found = [b for b in generation.timeline.blocks if b.summary] if generation else []
         if not found:
-            raise UsageError("there are no summaries; the model writes them, or it was not trained to")
+            raise UsageError(self._no_notes())
         for block in found:
             gone = " (dropped)" if generation.cache.forgotten()[block.number] else ""
             text = " ".join(visible(block_text(self.chat.engine, block)[1]).split())
@@ -77,8 +80,20 @@ class CacheCommands:
         generation = self.chat.engine.generation
         n = len(generation.timeline.blocks) if generation else 0
         if not rest.isdecimal() or len(rest) > 9 or int(rest) >= n:
-            raise UsageError(f"{usage}: a block's number, 0 to {n - 1}" if n else "there are no blocks yet")
+            raise UsageError(f"{usage}: a block's number, 0 to {n - 1}" if n else self._nothing("there are no blocks"))
         return int(rest)
+
+    def _nothing(self, what: str) -> str:
+        again = self.chat.talk.again
+        return f"{what} yet" if again is None else f"{what}: the next message reads the conversation again ({again})"
+
+    def _no_notes(self) -> str:
+        engine = self.chat.engine
+        if engine.policy.unit != "block":
+            return f"there are no summaries: policy {engine.policy.name} makes no blocks"
+        if engine.summaries.mode in _INDEXED:
+            return f"there are no summaries: --summaries is {engine.summaries.mode} here, and a block is found by {_INDEXED[engine.summaries.mode]}; /kv lists the blocks"
+        return self._nothing("there are no summaries")
 
     def _moved(self, number: int, events: list[Event], until: str) -> None:
         """Say where block ``number`` is now, and what moved for it."""

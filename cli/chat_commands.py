@@ -19,7 +19,7 @@ from . import chat_view
 from .chat_cache import CacheCommands
 from .chat_editor import edited
 from .chat_input import decoded
-from .chat_store import user_path
+from .chat_store import LAST, user_path
 from .chat_view import visible
 
 if TYPE_CHECKING:
@@ -76,15 +76,16 @@ class Commands(CacheCommands):
         raise EOFError
 
     def do_clear(self, rest: str) -> None:
-        """/clear: forget every turn; the system message stays."""
-        self.chat.talk.clear()
-        name, store = self.chat.name, self.chat.store
-        there = name is not None and store.path(name).resolve() in self.chat.places and store.holds(name)
-        self._say("everything that was said is forgotten" + (f"; until your next message takes its place, /load {name} brings it back" if there else ""))
+        """/clear: forget every turn, with its cache; the system message stays. What is saved stays, and the next conversation has no name."""
+        name = self.chat.clear()
+        back = "" if name is None else f"; until your next message takes its place, /load {name} brings it back" if name == LAST else (
+            f"; {name} stays as it was saved: /load {name} goes on with it")  # fmt: skip
+        self._say("everything that was said is forgotten" + back)
 
     def do_undo(self, rest: str) -> None:
         """/undo: take the last turn back."""
         turn = self.chat.talk.undo()
+        self.chat.autosave()
         self._say(f"taken back: {_short(turn.user)}")
 
     def do_regen(self, rest: str) -> None:
@@ -118,6 +119,7 @@ class Commands(CacheCommands):
         """/system [TEXT | -]: show the system message, change it, or take it away."""
         if rest:
             self.chat.talk.set_system(None if rest == "-" else rest)
+            self.chat.autosave()
         self._say(f"system: {self.chat.talk.system or '(none)'}")
 
     def do_read(self, rest: str) -> str:
@@ -143,15 +145,11 @@ class Commands(CacheCommands):
         """/save NAME: keep the conversation under a name, or in a directory (a name with a slash)."""
         if not rest:
             raise UsageError("/save NAME")
-        path = self.chat.store.path(rest)
+        self.chat.store.path(rest)
         if not self.chat.talk.turns:
             raise UsageError("nothing was said yet, so there is nothing to save")
-        if self.chat.store.holds(rest) and path.resolve() not in self.chat.places:
-            raise UsageError(f"{rest} holds another conversation; choose another name, or /load {rest} to go on with it")
-        self.chat.store.make()
-        saved = self.chat.talk.save(path, self.chat.note())
-        self.chat.places.add(path.resolve())
-        size = chat_view.human_bytes(saved.total_bytes)
+        cached, saved = self.chat.talk.has_cache, self.chat.save_as(rest)
+        size = chat_view.human_bytes(saved.total_bytes) + ("" if cached else ", the text alone")
         self._say(f"saved: {saved.path} ({size}); to go on with it: zoomr chat --session {rest} --continue")
 
     def do_load(self, rest: str) -> None:
@@ -159,13 +157,15 @@ class Commands(CacheCommands):
         if not rest:
             self._print(self.chat.store.names() or ["nothing is saved"])
             return
-        self.chat.load(rest)
+        self.chat.load(rest, self._say)
 
     def do_export(self, rest: str) -> None:
         """/export FILE: write the conversation as Markdown, or as JSON if the name ends in .json; never over a file."""
         if not rest:
             raise UsageError("/export FILE")
         talk = self.chat.talk
+        if not talk.turns:
+            raise UsageError("nothing was said yet, so there is nothing to write")
         if rest.endswith(".json"):
             text = json.dumps({"system": talk.system, "turns": [asdict(turn) for turn in talk.turns]}, indent=1) + "\n"
         else:
@@ -189,10 +189,11 @@ class Commands(CacheCommands):
     # settings
 
     def do_set(self, rest: str) -> None:
-        """/set [NAME VALUE]: show or change temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, max_tokens."""
+        """/set [NAME [VALUE]]: show or change temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, max_tokens."""
         chat = self.chat
-        if rest:
-            name, _, value = rest.partition(" ")
+        name, _, value = rest.partition(" ")
+        value = value.strip()
+        if value:
             try:
                 if name == "max_tokens":
                     number = int(value)
@@ -203,12 +204,14 @@ class Commands(CacheCommands):
                     chat.sampling = replace(chat.sampling, **{_FLOATS[name]: float(value)})
                 elif name in _WHOLE:
                     chat.sampling = replace(chat.sampling, **{_WHOLE[name]: int(value)})
-                else:
-                    raise UsageError(f"/set {name}: there are {', '.join([*_FLOATS, *_WHOLE, 'max_tokens'])}")
             except ValueError:
                 raise UsageError(f"/set {name} {value}: {value!r} is no number that it could be") from None
-        values = {name: getattr(chat.sampling, field) for name, field in {**_FLOATS, **_WHOLE}.items()}
-        self._say(", ".join(f"{name} {value}" for name, value in {**values, "max_tokens": chat.max_tokens}.items()))
+        values = {known: getattr(chat.sampling, field) for known, field in {**_FLOATS, **_WHOLE}.items()}
+        values["max_tokens"] = chat.max_tokens
+        if name and name not in values:
+            raise UsageError(f"/set {name}: there are {', '.join(values)}")
+        shown = values if value or not name else {name: values[name]}
+        self._say(", ".join(f"{known} {number}" for known, number in shown.items()))
 
     def do_think(self, rest: str) -> None:
         """/think [show|fold|hide | N|auto|off]: how thinking is shown; how many tokens of it a reply may have."""

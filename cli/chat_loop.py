@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from zoomr_local.conversation import Conversation
     from zoomr_local.engine import Engine
     from zoomr_local.sampling import SamplingParams
+    from zoomr_local.session import Saved
     from zoomr_local.trace_record import Recorder
 
     from .chat_models import ChatModels
+
+TEXT, NOTHING = "text", "nothing"
+"""What a save that failed has saved."""
 
 
 class ChatLoop:
@@ -42,11 +46,16 @@ class ChatLoop:
         self.sampling, self.max_tokens, self.think_budget, self.thinking = sampling, max_tokens, think_budget, thinking
         self.name = name
         self.places: set[Path] = set()  # where this conversation is saved, so that another save there loses nothing
+        self.asked = False  # whether it was asked by name that this conversation be kept
+        self.rescue = "/export FILE writes its text, /save NAME tries another place"  # what can be done where nothing could be saved
         self.last: Finished | None = None
         self.models: ChatModels | None = None
         self._recorded: Any = None  # the generation that the recorder knows
         self._keys = Keys(lambda: self.engine.answer_now())
-        self._save_failed = False
+        self._failed: str | None = None  # TEXT or NOTHING, if the last save after a turn failed
+        self._save_failed = False  # whether the last /save did
+        self._told: set[str] = set()
+        self._stays = False  # Ctrl-D was answered by what would be lost
 
     @property
     def engine(self) -> Engine:
@@ -80,7 +89,7 @@ class ChatLoop:
 
     def run(self, editor: LineEditor) -> None:
         """Ask and answer until Ctrl-D or /exit."""
-        commands = Commands(self)
+        commands, self._stays = Commands(self), False
         while True:
             try:
                 typed = editor.ask(self._keys.typed_ahead())
@@ -88,15 +97,28 @@ class ChatLoop:
                 self.screen.say("Ctrl-D or /exit leaves")
                 continue
             except EOFError:
-                return
+                if self._may_leave():
+                    return
+                continue
             try:
                 self._obey(commands, typed)
             except EOFError:
-                return
+                if self._may_leave():
+                    return
+                continue
             except ZoomrError as error:
                 self.screen.say(f"error: {error}")
             except KeyboardInterrupt:
                 self.screen.say("interrupted")
+            self._stays = False
+
+    def _may_leave(self) -> bool:
+        """False once where what was said is kept nowhere."""
+        if self._failed != NOTHING or not self.talk.turns or self._stays:
+            return True
+        self._stays = True
+        self.screen.say(f"what was said last is kept nowhere: {self.rescue}; Ctrl-D or /exit once more leaves")
+        return False
 
     def _obey(self, commands: Commands, typed: str) -> None:
         text: str | None = unquoted(typed)
@@ -153,37 +175,97 @@ class ChatLoop:
 
     # keeping it
 
+    @property
+    def failed(self) -> bool:
+        """Whether what was to be kept by name is not there, or not as a whole."""
+        named = self.asked or self.name not in (None, LAST)
+        return self._save_failed or (named and self._failed is not None)
+
     def autosave(self) -> None:
-        """Save after a turn. What goes wrong is said once and does not end the chat."""
-        if self.name is None or not self.talk.turns:
+        """Save what was said, changed or taken back. What goes wrong is said once and does not end the chat."""
+        if self.name is None:
+            return
+        place = self.store.path(self.name)
+        if not self.talk.turns and place.resolve() not in self.places:
             return
         try:
-            self.store.make()
-            place = self.store.path(self.name)
-            self.talk.save(place, self.note())
-            self.places.add(place.resolve())
-            self._save_failed = False
+            saved, self._failed = self.keep(place)
         except KeyboardInterrupt:
+            self._failed = NOTHING
             self.screen.say("warning: this turn is not saved; /save NAME saves it, and so does the next turn")
             raise
-        except (SessionError, UnsupportedModel, EngineError, OSError) as error:
-            if not self._save_failed:
-                self.screen.say(f"warning: the conversation is not saved: {error}")
-            self._save_failed = True
+        except (ZoomrError, OSError) as error:
+            if self._failed != NOTHING:
+                self.screen.say(f"warning: the conversation is not saved: {error}; {self.rescue}")
+            self._failed = NOTHING
 
-    def load(self, name: str) -> None:
-        """Take up the conversation ``name`` and say where it stands. Raises SessionError."""
+    def keep(self, place: Path) -> tuple[Saved, str | None]:
+        """Save the conversation in ``place``: with its cache or, which is said once, its text alone.
+
+        Returns TEXT as well if its cache should have been saved and could not. Raises ZoomrError or OSError, with what was
+        saved there before whole, if nothing could.
+        """
+        self.store.make()
+        failed = None
         try:
-            self.talk.load(self.store.path(name))
+            saved = self.talk.save(place, self.note())
+            self._told.discard(TEXT)
+        except UnsupportedModel as error:
+            saved = self.talk.save_text(place, self.note(), f"the model's cache cannot be saved. {error}")
+            self._tell_once(self.model_name, f"note: the text is saved alone. {error}")
+        except (SessionError, EngineError, OSError) as error:
+            try:
+                saved, failed = self.talk.save_text(place, self.note(), "its cache could not be saved"), TEXT
+            except (SessionError, OSError):
+                raise error from None
+            self._tell_once(TEXT, f"warning: the text alone is saved in {place}, and the next start reads it again: {error}")
+        self.places.add(place.resolve())
+        return saved, failed
+
+    def _tell_once(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self.screen.say(text)
+        self._told.add(what)
+
+    def save_as(self, name: str) -> Saved:
+        """What /save does. Raises UsageError for a name that holds another conversation, ZoomrError if nothing could be saved."""
+        place = self.store.path(name)
+        if self.store.holds(name) and place.resolve() not in self.places:
+            raise UsageError(f"{name} holds another conversation; choose another name, or /load {name} to go on with it")
+        self._save_failed = True
+        self._told.discard(TEXT)
+        try:
+            saved, failed = self.keep(place)
+        except OSError as error:
+            raise SessionError(f"cannot save in {place}: {error.strerror}; /export FILE writes the text") from None
+        self._save_failed = failed is not None
+        return saved
+
+    def clear(self) -> str | None:
+        """Forget the conversation here; what is saved of it stays, and the next one has no name. Returns the name it is saved under."""
+        name = self.name
+        saved = name is not None and self.store.path(name).resolve() in self.places and self.store.holds(name)
+        self.talk.clear()
+        self.places, self.last = set(), None
+        if not saved:
+            return None
+        self.name, self.asked = LAST, False
+        return name
+
+    def load(self, name: str, tell: Callable[[str], None]) -> None:
+        """Take up the conversation ``name`` and ``tell`` where it stands. Raises SessionError."""
+        place = self.store.path(name)
+        try:
+            self.talk.load(place)
         except SessionError as error:
             raise load_error(name, error) from None
-        self.places = {self.store.path(name).resolve()}
+        self.places, self.last, self._failed = {place.resolve()}, None, None
         self.name = name if self.name is not None else None
         turns = self.talk.turns
         last = " ".join(visible(turns[-1].user).split())[:60] if turns else "-"
-        self.screen.note(f"{name}: {len(turns)} turn{'s' * (len(turns) != 1)}, the last one: {last}")
+        tell(f"{name}: {len(turns)} turn{'s' * (len(turns) != 1)}, the last one: {last}")
         if self.talk.again is not None:
-            self.screen.note(f"the next message reads the conversation again: {self.talk.again}")
+            tell(f"the next message reads the conversation again: {self.talk.again}")
 
 
 @contextmanager

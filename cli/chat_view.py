@@ -127,6 +127,7 @@ class ReplyView:
         self._thought_tokens = self._blocks = self._zooms = self._paged_bytes = self._resident = 0
         self._began = time.monotonic()
         self._in_thought = self._answered = False
+        self._parted = False  # a marker stood between what is shown and what comes
 
     def feed(self, event: Event) -> None:
         """One event; tokens are by far the most."""
@@ -171,10 +172,21 @@ class ReplyView:
             return
         self._thought_tokens += event.role in ("thought", "summary")
         first, self._in_thought = not self._in_thought, True
-        if self.thinking == SHOW and event.text:
-            self.screen.thought(event.text)
+        if self.thinking == SHOW and (event.text or event.role == "marker"):
+            self._show(event)
         elif self.thinking != HIDE:
             self.screen.status(f"thinking {self._facts()} · Ctrl-T answers now", force=first)
+
+    def _show(self, event: TokenDecoded) -> None:
+        """Thoughts and summaries begin lines of their own: their markers, which part them, have no text."""
+        text = event.text.lstrip() if self._parted else event.text
+        if text and self._parted:
+            self.screen.end_line()
+            text = f"summary: {text}" if event.role == "summary" else text
+            self._parted = False
+        if text:
+            self.screen.thought(text)
+        self._parted |= event.role == "marker"
 
     def _facts(self) -> str:
         parts = [f"{self._thought_tokens:,} tokens", human_seconds(time.monotonic() - self._began)]

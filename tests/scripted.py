@@ -123,6 +123,11 @@ class BookContext:
     def resident(self, seq=0) -> np.ndarray:
         return np.array(sorted(self.cells), np.int32)
 
+    def seq_rm(self, seq, p0, p1) -> bool:
+        assert p1 == -1
+        self.cells, self.next_position = {p for p in self.cells if p < p0}, p0
+        return True
+
     def page_size(self, n_tokens) -> int:
         return TOKEN_BYTES * n_tokens
 

@@ -125,10 +125,11 @@ def test_stats_add_up(chat):
 
 
 def test_set_changes_sampling_and_refuses_what_cannot_be(chat):
+    assert chat.type("/set temp") == "temp 0.0\n" and chat.type("/set temp ") == "temp 0.0\n" and chat.type("/set max_tokens") == "max_tokens 200\n"
     text = chat.type("/set temp 0.5", "/set top_k 7", "/set max_tokens 3", "hello")
     assert "temp 0.5" in text and "top_k 7" in text and "cut off: --max-tokens" in text
     assert (chat.loop.sampling.temperature, chat.loop.sampling.top_k, chat.loop.max_tokens) == (0.5, 7, 3)
-    for typed in ("/set temp warm", "/set temp -1", "/set colour 3", "/set max_tokens 0", "/set top_k 1.5", "/set top_k 4294967297", "/set repeat_last_n 4294967297"):
+    for typed in ("/set temp warm", "/set temp -1", "/set colour 3", "/set colour", "/set max_tokens 0", "/set top_k 1.5", "/set top_k 4294967297", "/set repeat_last_n 4294967297"):
         assert "error: " in chat.type(typed), typed
     assert (chat.loop.sampling.temperature, chat.loop.max_tokens) == (0.5, 3)
 
@@ -147,7 +148,7 @@ def test_undo_regen_clear_and_system(chat):
 def test_clear_says_how_a_saved_conversation_comes_back_until_it_is_replaced(chat):
     assert "/load" not in chat.type("hello", "/clear")
     chat.loop.name = "kept"
-    assert "until your next message takes its place, /load kept brings it back" in chat.type("hello", "/clear")
+    assert "kept stays as it was saved: /load kept goes on with it" in chat.type("hello", "/clear")
     chat.type("/load kept")
     assert [t.user for t in chat.loop.talk.turns] == ["hello"]
 
@@ -218,9 +219,10 @@ def test_load_lists_and_names_are_checked(chat):
 
 def test_a_save_that_fails_is_said_once_and_the_chat_goes_on(chat, monkeypatch):
     chat.loop.name = "last"
-    monkeypatch.setattr(chat.loop.talk, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for name in ("save", "save_text"):
+        monkeypatch.setattr(chat.loop.talk, name, lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     text = chat.type("one", "two")
-    assert text.count("is not saved") == 1 and len(chat.loop.talk.turns) == 2
+    assert text.count("is not saved") == 1 and "/export FILE writes its text" in text and len(chat.loop.talk.turns) == 2
 
 
 # ---------------------------------------------------------------- small things

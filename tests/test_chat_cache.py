@@ -55,7 +55,7 @@ def test_the_rows_of_the_cache_are_the_cache(policy, tmp_path):
 
 
 def test_notes_and_zoom_show_the_models_words(chat):
-    assert "no summaries" in chat.type("/notes") and "no blocks" in chat.type("/zoom 0")
+    assert "there are no summaries yet" in chat.type("/notes") and "no blocks" in chat.type("/zoom 0")
     chat.type("hello")
     assert "0     30 tokens  w12 w13 w14 w15 w16" in chat.type("/notes")
     text = chat.type("/zoom 0")
@@ -66,6 +66,15 @@ def test_notes_and_zoom_show_the_models_words(chat):
     assert "30 tokens (dropped)  w12" in chat.type("/notes")
     text = chat.type("/zoom 0")
     assert "w41" in text and "not brought in: block 0 is gone for good: it was old thinking" in text
+
+
+@pytest.mark.parametrize("mode, told", [("extractive", "the mean keys of its sentences"), ("off", "the mean keys of 32 tokens each")])
+def test_where_no_summaries_are_written_notes_says_what_stands_for_a_block(mode, told, tmp_path):
+    with talking(budget=192, summaries=mode) as engine:
+        text = Chat(engine, tmp_path).type("hello", "/notes")
+        assert f"there are no summaries: --summaries is {mode} here, and a block is found by {told}; /kv lists" in text
+    with talking("recency", 192) as engine:
+        assert "there are no summaries: policy recency makes no blocks" in Chat(engine, tmp_path).type("hello", "/notes")
 
 
 def first(chat, where):

@@ -95,11 +95,12 @@ def test_what_a_model_gets_in_place_of_its_own_summaries_is_said(switching, caps
     assert "summaries: extractive; no markers" in capsys.readouterr().err
 
 
-def test_a_conversation_is_saved_again_once_the_new_model_has_answered(switching):
+def test_right_after_another_model_the_text_can_be_saved_and_its_cache_once_it_has_answered(switching):
     chat, _ = switching
     text = chat.type("hello", "/model other", "/save kept")
-    assert "not in the cache (the model was changed); it can be saved once the next message was answered" in text
-    assert not chat.loop.store.holds("kept")
+    assert ", the text alone); to go on with it" in text and chat.loop.store.holds("kept")
+    assert "the text alone" not in chat.type("again", "/save kept")
+    assert "reads the conversation again" not in chat.type("/load kept") and [t.user for t in chat.loop.talk.turns] == ["hello", "again"]
 
 
 @pytest.mark.parametrize("name, reason", [("missing", "no such file"), ("mamba", "no KV cache"), ("refuses", "one question only")])

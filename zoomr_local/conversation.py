@@ -48,7 +48,12 @@ class Turn:
 
 
 class Conversation:
-    """Turns of one user and one model. ``again`` says why the next turn reads everything again, None if it does not."""
+    """Turns of one user and one model. ``again`` says why the next turn reads everything again, None if it does not.
+
+    Between turns the engine has a generation only while the cache is that of these turns: what was taken back,
+    cleared or said in another conversation is in no cell and no page, and in nothing that is saved. Under policy ``full``
+    what was taken back stays in cells until the next turn, which goes back to where the texts part.
+    """
 
     def __init__(self, model: Model, engine: Engine, system: str | None = None, keep_thinking: bool = False) -> None:
         """``keep_thinking``: thinking of earlier turns stays, as blocks that can be zoomed (under policy ``full``, in
@@ -58,6 +63,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.again: str | None = None
         self._in_cache = False
+        self._beside: str | None = None  # why the cache, which can go back, has more than was said
         self._retries = 0
         self._pins_gone: tuple[int, ...] = ()  # of a cache that the next turn does not go on with
 
@@ -82,16 +88,21 @@ class Conversation:
         messages, pins = [*self.messages, {"role": "user", "content": text}], self.pinned
         stream, read, again = self._begin(messages, sampling, max_tokens, limits)
         anew = again is not None or not self._in_cache  # the only turn that was taken back is not read again, and its blocks are gone
-        self._in_cache, self.again, self._pins_gone = False, "the last reply broke off", () if anew else pins
-        if again is not None:
-            yield PrefilledAgain(read, again)
-        if anew and pins:
-            yield Warned(f"{_pins_of(pins)} gone: what is read again becomes other blocks")
-        with closing(stream):
-            for event in stream:
-                if isinstance(event, Finished):
-                    self._ended(text, event, read)
-                yield event
+        self._in_cache, self._beside, self.again = False, None, "the last reply broke off"
+        self._pins_gone, generation = () if anew else pins, self.engine.generation
+        try:
+            if again is not None:
+                yield PrefilledAgain(read, again)
+            if anew and pins:
+                yield Warned(f"{_pins_of(pins)} gone: what is read again becomes other blocks")
+            with closing(stream):
+                for event in stream:
+                    if isinstance(event, Finished):
+                        self._ended(text, event, read)
+                    yield event
+        finally:
+            if not self._in_cache and self.engine.generation is generation:
+                self.engine.forget()
 
     def regenerate(
         self, sampling: SamplingParams, max_tokens: int, limits: ThinkingLimits = ThinkingLimits()
@@ -111,13 +122,15 @@ class Conversation:
 
         Raises UsageError if there is none.
         """
-        old = self.undo()
+        beside, old = self._beside, self.undo()
         n = len(self.turns)
         try:
             yield from self.send(old.user if text is None else text, sampling, max_tokens, limits)
         finally:
             if len(self.turns) == n:
                 self.turns.append(old)
+                if self._in_cache:  # nothing was begun
+                    self._beside = beside
 
     def undo(self) -> Turn:
         """Take the last turn back and return it. Raises UsageError if there is none."""
@@ -129,21 +142,21 @@ class Conversation:
     def clear(self) -> None:
         """Forget every turn; the system message stays."""
         self.turns.clear()
-        self._in_cache, self.again, self._pins_gone = False, None, ()
+        self._out_of_cache(None, ())
 
     def set_system(self, text: str | None) -> None:
         """Put ``text`` in place of the system message; None or "" is none."""
-        self.system = text or None
-        self._leave_cache("the system message was changed")
+        if (text or None) != self.system:
+            self.system = text or None
+            self._leave_cache("the system message was changed")
 
     def change_model(self, model: Model, engine: Engine) -> int:
         """Go on with another model on its own engine; the next message reads the conversation there. Returns how many tokens that
         will be at least, 0 without turns. Raises UsageError or ModelError, with nothing changed, if the model's template or
         tokenizer refuses the messages."""
         tokens = len(model.tokenize(model.render(self.messages))) if self.turns else 0
-        self._pins_gone = self.pinned
+        self._out_of_cache("the model was changed" if self.turns else None, self.pinned)
         self.model, self.engine = model, engine
-        self._in_cache, self.again = False, "the model was changed" if self.turns else None
         return tokens
 
     # blocks that the user holds
@@ -189,16 +202,27 @@ class Conversation:
     def save(self, directory: str | Path, note: dict[str, Any] | None = None) -> Saved:
         """Save conversation and cache to ``directory``, in place of what was saved there; ``note`` is the caller's.
 
-        To be called between turns. Raises as `Engine.save` does, and SessionError while no cache of these turns has begun.
+        To be called between turns. Where the cache is not that of these turns the text is saved alone, as ``save_text`` does.
+        Raises as `Engine.save` does.
         """
-        if self.turns and self.engine.generation is None:
-            raise SessionError(f"the conversation is not in the cache ({self.again}); it can be saved once the next message was answered")
-        kept = {
-            "format": NOTE_FORMAT, "system": self.system, "turns": [asdict(turn) for turn in self.turns],
-            "in_cache": self._in_cache, "again": self.again, "keep_thinking": self.keep_thinking, "note": note or {},
-            "pinned": self.pinned,
-        }  # fmt: skip
-        return self.engine.save(directory, {"conversation": kept})
+        if not self.has_cache:
+            return self.save_text(directory, note, self.again or self._beside)
+        return self.engine.save(directory, self._kept(note, True, None))
+
+    def save_text(self, directory: str | Path, note: dict[str, Any] | None = None, why: str | None = None) -> Saved:
+        """As ``save``, without the cache; ``why``: what whoever loads it is told. Raises SessionError."""
+        return session.save_note(Path(directory), self._kept(note, False, why))
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether what was said, and no more, is in the cache, so that ``save`` saves it as well."""
+        return self._in_cache and self._beside is None
+
+    def _kept(self, note: dict[str, Any] | None, cached: bool, again: str | None) -> dict[str, Any]:
+        return {"conversation": {
+            "format": NOTE_FORMAT, "system": self.system, "turns": [asdict(turn) for turn in self.turns], "in_cache": cached,
+            "again": again, "keep_thinking": self.keep_thinking, "note": note or {}, "pinned": self.pinned,
+        }}  # fmt: skip
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Become the conversation in ``directory``; returns the note that was saved with it.
@@ -219,13 +243,14 @@ class Conversation:
             raise SessionError(f"{directory} holds a conversation of format {version}, this version reads {NOTE_FORMAT}")
         if in_cache and keep != self.keep_thinking:
             in_cache, again = False, "--keep-thinking was changed"
+        self._out_of_cache(again if turns else None, pinned)
+        self.turns, self.system = turns, system
         if in_cache:
             try:
                 self.engine.load(directory)
+                self._in_cache, self.again, self._pins_gone = True, None, ()
             except (SessionError, StorageError) as error:
-                in_cache, again = False, str(error)
-        self.turns, self.system, self._in_cache, self.again = turns, system, in_cache, again
-        self._pins_gone = () if in_cache else pinned
+                self.again = str(error)
         return note
 
     # what is in the cache
@@ -236,9 +261,15 @@ class Conversation:
         return self.engine.policy.unit == "all" and not self.keep_thinking
 
     def _leave_cache(self, why: str) -> None:
-        if self.turns and not self._rewinds:
-            self._pins_gone = self.pinned
-            self._in_cache, self.again = False, why
+        if self._in_cache and self._rewinds:
+            self._beside = why
+        elif self.turns:
+            self._out_of_cache(why, self.pinned)
+
+    def _out_of_cache(self, again: str | None, pins: tuple[int, ...]) -> None:
+        """Nothing of what is in the cache is of use from here on, so it goes."""
+        self._in_cache, self._beside, self.again, self._pins_gone = False, None, again, pins
+        self.engine.forget()
 
     def _begin(
         self, messages: list[dict[str, str]], sampling: SamplingParams, max_tokens: int, limits: ThinkingLimits
@@ -296,7 +327,7 @@ class Conversation:
             text, done.content, done.reasoning, done.reason, read_tokens, done.completion_tokens, done.reasoning_tokens,
             done.prefill_seconds, done.decode_seconds, done.thinking_cut,
         ))  # fmt: skip
-        self._in_cache, self.again = True, None
+        self._in_cache, self._beside, self.again = True, None, None
 
 
 def _pins_of(blocks: tuple[int, ...]) -> str:

@@ -197,14 +197,32 @@ class Engine:
         self._refuse_sessions()
         if self._closed:
             raise EngineError("the engine is closed")
+        self.forget()
+        found = session.load(Path(directory), self._made_with)
+        try:
+            running = self._new_generation(found.needed_tokens, found.reserved_tokens)
+            session.restore(found, running)
+        except BaseException:
+            self.forget()
+            raise
+        self._running = running
+        return found
+
+    def forget(self) -> None:
+        """Let go of the generation, whether it runs or has ended: its cells, index rows and pages, those on disk too.
+
+        What a session holds of it stays there. Cells that are free are not overwritten until they are used again.
+        """
         if self._stream is not None:
             self._stream.close()
         self._running = self._stream = None
-        found = session.load(Path(directory), self._made_with)
-        running = self._new_generation(found.needed_tokens, found.reserved_tokens)
-        session.restore(found, running)
-        self._running = running
-        return found
+        if self._closed:
+            return
+        self.store.clear()
+        if self.context is not None:
+            self.context.clear()
+            if self.policy.unit == "block" and self.policy.uses_votes:
+                self.context.index_clear()
 
     def _refuse_sessions(self) -> None:
         if self.policy.unit == "head":

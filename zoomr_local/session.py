@@ -172,6 +172,17 @@ def save(
     return Saved(path, new.written_bytes, total, time.perf_counter() - began)
 
 
+def save_note(path: Path, note: dict[str, Any]) -> Saved:
+    """Save ``note`` alone as the session in ``path``, in place of the one there: `note` reads it, `load` refuses it.
+
+    Raises SessionError as ``save`` does.
+    """
+    began = time.perf_counter()
+    with SessionDirectory.writing(path) as directory, directory.replacing() as new:
+        new.commit({"made_with": {}, "reserved_tokens": 0, "note": note, "parts": {}, "pages": []})
+    return Saved(path, new.written_bytes, new.written_bytes, time.perf_counter() - began)
+
+
 def _link(new: Replacement, store: PageStore, placements: list[Placement]) -> dict[tuple[int, str], dict[str, Any]]:
     """Those of the pages that are on disk already and could be linked, and where they are in the session."""
     where = {}
@@ -267,6 +278,8 @@ def load(path: Path, with_: dict[str, Any] | None = None) -> Session:
         if manifest is None:
             raise SessionError(f"no session in {path}")
         with _damage_is_said(path):
+            if not manifest["parts"]:
+                raise SessionError(f"the session in {path} is a conversation's text without its cache")
             found = differences(manifest["made_with"], json.loads(json.dumps(with_))) if with_ is not None else []
             if found:
                 raise SessionError(f"the session in {path} was made with something else ({'; '.join(found)})")
