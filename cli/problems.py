@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from zoomr_local.errors import UsageError
+from zoomr_local.sizes import counted
 
 
 def problems(
@@ -44,4 +45,4 @@ def problems(
             file.write(lines)
     except FileExistsError as error:
         raise UsageError(f"{output} exists; remove it or choose another file with -o") from error
-    print(f"{len(drawn)} problems in {output}; next: zoomr solve {output}", file=sys.stderr)
+    print(f"{counted(len(drawn), 'problem')} in {output}; next: zoomr solve {output}", file=sys.stderr)

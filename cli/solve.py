@@ -103,8 +103,9 @@ def solve(
     replies = Replies(votes, vote_by, retries, timeout, held, grader, output_format)
     replies.check(policy, temp, stop)
     source = Source(file, input_format, encoding, question_column, answer_column, id_column, template)
-    problems = source.read(quiet)[:limit]
-    replies.check_problems(problems, temp, quiet)
+    every = source.read(quiet)
+    problems = every[:limit]
+    replies.check_problems(problems, temp, stop, quiet)
 
     from zoomr_local.engine import EngineConfig  # loads the native library
     from zoomr_local.sampling import SamplingParams
@@ -126,7 +127,7 @@ def solve(
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()), grammar)
     job = Job(
         problems, config, sampling, max_tokens, path, n_gpu_layers, as_json, quiet, context.obj, checkpoint, checkpoint_every,
-        think_budget, trace=trace, replies=replies,
+        think_budget, trace=trace, replies=replies, beyond=every[len(problems) :],
     )  # fmt: skip
     tracing.refuse_same_file(trace, file, target)
     if dry_run:

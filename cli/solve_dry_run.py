@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoomr_local.errors import ModelError, UsageError, ZoomrError
+from zoomr_local.sizes import counted
 
 from . import options
 
@@ -64,13 +65,13 @@ def _report(job: Job, target: Path | None, overwrite: bool, retry_failed: bool) 
             except ZoomrError as error:
                 bad.append(f"{problem.id} (line {problem.line}): {error}")
         if bad:
-            more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-            raise UsageError(f"{len(bad)} prompts cannot be made" + "".join(f"\n  {entry}" for entry in bad[:_LISTED]) + more)
+            more = f"\n  and {len(bad) - _LISTED:,} more" if len(bad) > _LISTED else ""
+            raise UsageError(f"{counted(len(bad), 'prompt')} cannot be made" + "".join(f"\n  {entry}" for entry in bad[:_LISTED]) + more)
         counts = [len(model.tokenize(text)) for text in texts]
         if job.sampling.grammar is not None:
             job.replies.check_grammar(model)
         report["model"] = model.name
-        report |= _fits(job, model, counts)
+        report |= _fits(job, model, counts, [p.options.get("max_tokens", job.max_tokens) for p in prompts])
     report["prompt_tokens"] = {"min": min(counts), "median": int(statistics.median(counts)), "max": max(counts)} if counts else None
     report["first_prompt"] = texts[0] if texts else None
     return report
@@ -98,14 +99,14 @@ def _done(job: Job, target: Path | None, overwrite: bool, retry_failed: bool) ->
         return len(job.problems) - len(job.left(journal, Tally(), retry_failed))
 
 
-def _fits(job: Job, model: Any, counts: Sequence[int]) -> dict[str, Any]:
-    """Which prompts are longer than what the budget keeps whole, and which replies may go beyond the positions that were trained."""
+def _fits(job: Job, model: Any, counts: Sequence[int], longest: Sequence[int]) -> dict[str, Any]:
+    """Of prompts of ``counts`` tokens with replies of at most ``longest``: which prompts are longer than what the budget keeps whole, and which replies may go beyond the positions that were trained."""
     from zoomr_local.engine import resolve_settings
     from zoomr_local.generation import pinned_ranges
     from zoomr_local.policies import POLICIES
 
     trained = model.llama.n_ctx_train
-    found = {"trained_tokens": trained, "may_exceed_trained": sum(n + job.max_tokens > trained for n in counts), "not_kept_whole": 0}
+    found = {"trained_tokens": trained, "may_exceed_trained": sum(n + most > trained for n, most in zip(counts, longest, strict=True)), "not_kept_whole": 0}
     kind = POLICIES[job.config.policy]
     if kind.unit != "all":
         if kind.unit == "head":
@@ -120,20 +121,23 @@ def _fits(job: Job, model: Any, counts: Sequence[int]) -> dict[str, Any]:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     counts, total = report["prompt_tokens"], report["problems"]
-    budget = "every token stays in the cache" if report["kv_budget"] is None else f"{report['kv_budget']} cells"
+    budget = "every token stays in the cache" if report["kv_budget"] is None else counted(report["kv_budget"], "cell")
     replies = f", {report['replies_per_problem']} replies each" if report["replies_per_problem"] > 1 else ""
-    done = f"; {report['done_already']} are done already" if report["done_already"] else ""
+    done = f"; {report['done_already']} {'is' if report['done_already'] == 1 else 'are'} done already" if report["done_already"] else ""
     lines = [
         f"problems  {total}{replies}, {report['graded']} with a reference{done}",
         f"output    {report['output']}",
-        f"model     {report['model']}, policy {report['policy']}, {budget}, at most {report['max_tokens']} tokens a reply",
+        f"model     {report['model']}, policy {report['policy']}, {budget}, at most {counted(report['max_tokens'], 'token')} a reply",
     ]
     if counts:
-        lines.append(f"prompts   {counts['min']} to {counts['max']} tokens, median {counts['median']}")
+        spread = f"{counts['min']} to {counts['max']} tokens, median {counts['median']}" if counts["min"] < counts["max"] else counted(counts["max"], "token")
+        lines.append(f"prompts   {spread}")
     if report["not_kept_whole"]:
-        lines.append(f"note      {report['not_kept_whole']} prompts are too long to stay in the cache whole; a larger --kv-budget keeps them")
+        n = report["not_kept_whole"]
+        one = "1 prompt is too long to stay in the cache whole; a larger --kv-budget keeps it"
+        lines.append(f"note      {one if n == 1 else f'{n:,} prompts are too long to stay in the cache whole; a larger --kv-budget keeps them'}")
     if report["may_exceed_trained"]:
-        lines.append(f"note      {report['may_exceed_trained']} replies could go beyond the {report['trained_tokens']} positions that the model was trained on")
+        lines.append(f"note      {counted(report['may_exceed_trained'], 'reply', 'replies')} could go beyond the {report['trained_tokens']} positions that the model was trained on")
     for refused in report["refused"][:_LISTED]:
         lines.append(f"refused   {refused['id']} (line {refused['line']}): {refused['reason']}")
     if len(report["refused"]) > _LISTED:

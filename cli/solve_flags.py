@@ -34,7 +34,7 @@ AnswerColumn = Annotated[
     _option(_INPUT, "--answer-column", metavar="NAME", show_default=False, help="Column or key of the reference. Default: answer, or solution in a table."),
 ]
 IdColumn = Annotated[
-    str | None, _option(_INPUT, "--id-column", metavar="NAME", show_default=False, help="Column or key of the id. Default: id; in a table without it the row's number.")
+    str | None, _option(_INPUT, "--id-column", metavar="NAME", show_default=False, help="Column or key of the id. Default: id; without any, the number of the row or line.")
 ]
 Template = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoomr_local.errors import UsageError
+from zoomr_local.sizes import counted
 
 if TYPE_CHECKING:
     from zoomr_local.problems import Problem
@@ -40,7 +41,7 @@ class Source:
         found = read_input(self._bytes(), shown, self.form, self.encoding, columns)
         if found.guessed and found.form in ("lines", "paragraphs") and not quiet:
             one = found.form.removesuffix("s")
-            print(f"{shown}: {len(found.problems)} problems, one a {one} (--input-format says otherwise)", file=sys.stderr)
+            print(f"{shown}: {counted(len(found.problems), 'problem')}, one a {one} (--input-format says otherwise)", file=sys.stderr)
         return found.problems
 
     def _bytes(self) -> bytes:

@@ -10,13 +10,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoomr_local.errors import UsageError
+from zoomr_local.sizes import counted
 
 from . import summaries, tracing
 from .solve_replies import Replies
@@ -37,7 +38,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is asked, of which model, with which settings."""
+    """One run: what is asked, of which model, with which settings. ``beyond`` are the input's problems behind ``--limit``."""
 
     problems: list[Problem]
     config: EngineConfig
@@ -53,6 +54,7 @@ class Job:
     think_budget: str | None = None
     trace: Path | None = None
     replies: Replies = Replies()
+    beyond: Sequence[Problem] = ()
 
     def command(self, *extra: str, without: tuple[str, ...] = ()) -> str:
         """The command line as the user can type it again."""
@@ -72,18 +74,26 @@ class Job:
         checkpoints = self._checkpoints(journal, manifest, left, overwrite)
         key = lambda problem: record_key(problem.asked(), manifest)  # noqa: E731
         if journal is not None and not left:
-            self._say(f"{journal.path}: all {len(self.problems)} problems are done already")
+            if checkpoints is not None:
+                checkpoints.prune()
+            done = "the one problem is" if len(self.problems) == 1 else f"all {len(self.problems):,} problems are"
+            self._say(f"{journal.path}: {done} done already")
             return self._conclude(tally, journal)
 
-        attempts = self._attempts(journal, {key(problem) for problem in left}, overwrite)
+        from zoomr_local.attempts import AttemptLog
+
+        attempts = AttemptLog() if journal is None else AttemptLog.beside(journal.path)
         with _interruptible() as interrupted, self._solver(interrupted, key, checkpoints, attempts) as solver:
             budget = None if self.config.policy == "full" else self.config.kv_budget
             write = _stdout_writer(self.replies.line_form()) if journal is None else journal.append
             traced = tracing.recording(self.trace, solver.engine, self.sampling, self.max_tokens, self.quiet)
             with traced as recorder:
-                if journal is not None:  # drops records, so nothing that may refuse the run comes after it
+                if journal is not None:  # drops what was made before, so nothing that may refuse the run comes after it
                     manifest.info["resolved"] = solver.engine.resolved()
-                    journal.begin(manifest, overwrite, keep=_has_not_failed if retry_failed else None)
+                    journal.begin(manifest, overwrite, keep=_not_retried(left) if retry_failed else None)
+                    if checkpoints is not None:
+                        checkpoints.prune()
+                    self._keep_attempts(attempts, set() if overwrite else {key(problem) for problem in (*left, *self.beyond)})
                 with make_progress(len(self.problems), tally, budget, self.quiet) as progress:
                     from zoomr_local.solve import solve_all
 
@@ -106,10 +116,10 @@ class Job:
             summaries.say(engine, self.quiet)
             debug = bool(os.environ.get("ZOOMR_DEBUG"))
             limits = None
-            if self.think_budget is not None:
+            if (budget := self.think_budget) is not None:
                 from zoomr_local.thinking import budget_of
 
-                limits = budget_of(self.think_budget, self.max_tokens)
+                limits = lambda max_tokens: budget_of(budget, max_tokens)  # noqa: E731
             if self.sampling.grammar is not None:
                 self.replies.check_grammar(model)
             with self.replies.grader_for(self.problems) as grader:
@@ -118,17 +128,15 @@ class Job:
                     self.replies.vote_by or "majority", self.replies.retries, self.replies.timeout, attempts,
                 )  # fmt: skip
 
-    def _attempts(self, journal: Journal | None, keys: set[str], overwrite: bool) -> AttemptLog:
-        """Replies to unfinished problems that an earlier start has made, and says so."""
-        from zoomr_local.attempts import AttemptLog
-
-        if journal is None:
-            return AttemptLog()
-        attempts = AttemptLog.beside(journal.path)
-        kept = attempts.keep(set() if overwrite else keys)
+    def _keep_attempts(self, attempts: AttemptLog, keys: set[str]) -> None:
+        """Of the replies to unfinished problems that earlier starts have made, keep those to the problems with these keys; says both."""
+        there = attempts.count
+        kept = attempts.keep(keys)
         if kept:
-            self._say(f"{attempts.path}: {kept} replies to unfinished problems are there already")
-        return attempts
+            self._say(f"{attempts.path}: {counted(kept, 'reply', 'replies')} to unfinished problems {'is' if kept == 1 else 'are'} there already")
+        if there > kept:
+            gone = counted(there - kept, "reply", "replies")
+            self._say(f"{attempts.path}: {gone} of an earlier run, asked for otherwise or overwritten, thrown away")
 
     def _checkpoints(
         self, journal: Journal | None, manifest: Manifest, left: list[Problem], overwrite: bool
@@ -186,16 +194,16 @@ class Job:
                 tally.add(record)
         if changed:
             raise UsageError(
-                f"{journal.path} has records of {len(changed)} problems whose prompt or answer has changed since:"
+                f"{journal.path} has records of {counted(len(changed), 'problem')} whose prompt or answer has changed since:"
                 f" {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''};"
                 " choose another output with -o, or start again with --overwrite"
             )
         if journal.torn_bytes:
-            self._say(f"{journal.path}: the last record was torn ({journal.torn_bytes} bytes); it is cut off and solved again")
+            self._say(f"{journal.path}: the last record was torn ({counted(journal.torn_bytes, 'byte')}); it is cut off and solved again")
         if done and len(done) + tally.done > len(self.problems):
-            self._say(f"{journal.path}: keeps {len(done)} more records of problems that are not among these")
+            self._say(f"{journal.path}: keeps {counted(len(done), 'more record')} of problems that are not among these")
         if tally.done and left:
-            self._say(f"{journal.path}: {tally.done} of {len(self.problems)} are done already, {len(left)} to go")
+            self._say(f"{journal.path}: {tally.done} of {len(self.problems)} {'is' if tally.done == 1 else 'are'} done already, {len(left)} to go")
         return left
 
     def _conclude(self, tally: Tally, journal: Journal | None) -> int:
@@ -247,8 +255,9 @@ def _stdout_writer(form: LineForm) -> Callable[[dict[str, Any]], None]:
     return write
 
 
-def _has_not_failed(record: dict[str, Any]) -> bool:
+def _not_retried(left: Sequence[Problem]) -> Callable[[dict[str, Any]], bool]:
+    """Whether a record stays: a failed one of a problem that is not solved now is all that there is of it."""
     from zoomr_local.tally import has_failed
 
-    return not has_failed(record)
-
+    ids = {str(problem.id) for problem in left}
+    return lambda record: not (has_failed(record) and str(record["id"]) in ids)

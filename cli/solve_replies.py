@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoomr_local.errors import UsageError
+from zoomr_local.sizes import counted
 
 if TYPE_CHECKING:
     from zoomr_local.journal import LineForm
@@ -60,17 +61,29 @@ class Replies:
             if not installed():
                 raise UsageError("--grader math-verify: it is not installed; pip install math-verify")
 
-    def check_problems(self, problems: Sequence[Problem], temperature: float, quiet: bool) -> None:
+    def check_problems(self, problems: Sequence[Problem], temperature: float, stop: Sequence[str] | None, quiet: bool) -> None:
         """Raises UsageError where several greedy replies would be made; says where a greedy one would not be tried again, and what of
         the problems is not heeded."""
-        greedy = any(problem.options.get("temperature", temperature) <= 0 for problem in problems if problem.refused is None)
+        asked = [problem for problem in problems if problem.refused is None]
+        own = [problem for problem in asked if problem.options.get("temperature", 1) <= 0]
+        greedy = bool(own) or temperature <= 0 and any("temperature" not in problem.options for problem in asked)
+        if own and self.votes > 1:
+            more = f" and {len(own) - 1:,} more ask for a temperature of 0 themselves" if len(own) > 1 else " asks for a temperature of 0 itself"
+            raise UsageError(
+                f"--votes {self.votes}: {own[0].id} (line {own[0].line}){more}, and greedy replies are all the same; take it out of the input,"
+                " or leave out --votes"
+            )
         if greedy and self.votes > 1:
             raise UsageError(f"--votes {self.votes} with a temperature of 0: greedy replies are all the same; give --temp, for example 0.7")
         if greedy and self.retries and not quiet:
-            print("note: at --temp 0 a reply without an answer would come again, so --retries is for errors only", file=sys.stderr)
+            print("note: at a temperature of 0 a reply without an answer would come again, so --retries is for errors only", file=sys.stderr)
         counts = Counter(note for problem in problems for note in problem.notes)
+        if stop and (n := sum("schema" in problem.options and "stop" not in problem.options for problem in asked)):
+            from zoomr_local.solve import STOP_PASSED_OVER
+
+            counts[STOP_PASSED_OVER] = n
         for note, n in counts.items() if not quiet else ():
-            print(f"note: {note} (of {n} problems)", file=sys.stderr)
+            print(f"note: {note} (of {counted(n, 'problem')})", file=sys.stderr)
 
     def check_grammar(self, model: Any) -> None:
         """Raises UsageError if llama.cpp cannot use the schema's grammar."""

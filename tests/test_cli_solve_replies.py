@@ -106,8 +106,8 @@ def test_batch_lines_become_batch_results_that_can_be_gone_on_with(here, engine,
     assert run("in.jsonl", "-o", "out.jsonl", "--output-format", "openai") == 3
     solved, failed = lines()
     assert (solved["custom_id"], solved["response"]["body"]["choices"][0]["message"]["content"]) == ("a", "The answer is 4.")
-    assert failed["error"] == {"code": "UnsupportedRequest", "message": "body.tools is not supported"}
-    assert "note: body.model is passed over: -m says which model answers (of 1 problems)" in capsys.readouterr().err
+    assert failed["error"] == {"code": "UnsupportedRequest", "message": "body.tools is not supported: leave it out"}
+    assert "note: body.model is passed over: -m says which model answers (of 1 problem)" in capsys.readouterr().err
     before = Path("out.jsonl").read_bytes()
     assert run("in.jsonl", "-o", "out.jsonl", "--output-format", "openai") == 3
     assert Path("out.jsonl").read_bytes() == before and engine.prompts == ["ask 0"]
@@ -160,6 +160,38 @@ def test_votes_made_before_a_ctrl_c_are_not_made_again(two_votes_made, engine, c
 def test_overwrite_throws_votes_away_too(two_votes_made, engine):
     assert run(*VOTES, "--overwrite") == 0
     assert len(engine.prompts) == 3 and not Path("out.jsonl.attempts").exists()
+
+
+def test_a_line_that_is_greedy_by_itself_is_named_where_votes_are_asked_for(here, engine, capsys):
+    asked = [{**BATCH, "custom_id": name, "body": {**BATCH["body"], "temperature": t}} for name, t in (("a", 0.5), ("b", 0), ("c", 0))]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    assert run("in.jsonl", "-o", "out.jsonl", "--votes", "3", "--temp", "0.7") == 2
+    said = capsys.readouterr().err
+    assert "--votes 3: b (line 2) and 1 more ask for a temperature of 0 themselves" in said and "give --temp" not in said
+    assert run("in.jsonl", "-o", "out.jsonl", "--votes", "3", "--limit", "1") == 0, "every line says its own temperature"
+    assert engine.samplings[0].temperature == 0.5
+
+
+def test_what_a_batch_line_says_of_sampling_reaches_the_engine(here, engine, capsys):
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}
+    asked = [{**BATCH, "body": {**BATCH["body"], "top_k": 7, "min_p": 0.2}}, {**BATCH, "custom_id": "b", "body": {**BATCH["body"], "response_format": form}}]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    engine.replies = {"ask 0": "4"}
+    assert run("in.jsonl", "-o", "out.jsonl", "--top-k", "5", "--stop", "END") == 0
+    first, second = engine.samplings
+    assert (first.top_k, first.min_p, first.stop) == (7, 0.2, ("END",)) and (second.top_k, second.stop) == (5, ())
+    note = "--stop is passed over: the problem's own schema says how its answer ends"
+    assert f"note: {note} (of 1 problem)" in capsys.readouterr().err
+    assert [note in record["warnings"] for record in lines()] == [False, True]
+
+
+def test_an_automatic_think_budget_is_that_of_the_line_that_is_replied_to(here, engine, monkeypatch):
+    asked = [BATCH, {**BATCH, "custom_id": "b", "body": {**BATCH["body"], "max_tokens": 400}}]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    budgets, generate = [], engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, limits: budgets.append(limits.budget_tokens) or generate(*a))
+    assert run("in.jsonl", "-o", "out.jsonl", "--think-budget", "auto") == 0
+    assert budgets == [3072, 300]
 
 
 def test_tries_and_their_limits(here, engine, capsys):
@@ -257,7 +289,7 @@ def test_a_dry_run_in_words(here, bundled, capsys):
     assert run("in.jsonl", "--dry-run", "-n", "100000") == 0
     out = capsys.readouterr().out
     assert "problems  2, 0 with a reference" in out and "refused   b]0;owned (line 2): body.n 2" in out and "first prompt:\n" in out
-    assert "1 replies could go beyond the" in out
+    assert "1 reply could go beyond the" in out
 
 
 @pytest.mark.parametrize(
@@ -279,7 +311,7 @@ def test_a_dry_run_looks_at_the_output_too(here, bundled, capsys, monkeypatch):
     before = Path("out.jsonl").read_bytes()
     capsys.readouterr()
     assert run("in.csv", "-o", "out.jsonl", "--dry-run") == 0
-    assert "1 are done already" in capsys.readouterr().out
+    assert "1 is done already" in capsys.readouterr().out
     assert run("in.csv", "-o", "out.jsonl", "--dry-run", "--kv-budget", "256") == 2
     assert "settings.kv_budget: 512 there, 256 now" in capsys.readouterr().err
     assert Path("out.jsonl").read_bytes() == before

@@ -135,6 +135,41 @@ def test_json_lines_may_call_their_prompt_question_or_what_is_said():
     assert 'line 1: has no "q"' in complaint('{"id": 1}', "in.jsonl", question="q")
 
 
+def test_lines_without_ids_are_numbered_unless_one_of_them_has_one():
+    assert asked(read('{"question": "p", "answer": "1"}\n\n{"question": "q"}\n', "in.jsonl")) == [(1, "p", "1", 1), (2, "q", None, 3)]
+    assert 'line 1: needs an "id"' in complaint('{"prompt": "p"}\n{"id": 1, "prompt": "q"}\n', "in.jsonl")
+    assert 'line 1: needs an "n"' in complaint('{"prompt": "p"}\n', "in.jsonl", id="n")
+
+
+@pytest.mark.parametrize("keys", [("prompt", "question"), ("question", "problem"), ("messages", "problem")])
+def test_of_several_keys_that_could_be_the_question_none_is_guessed(keys):
+    values = {"messages": [{"role": "user", "content": "m"}], "prompt": "p", "question": "q", "problem": "r"}
+    line = json.dumps({"id": 1, **{key: values[key] for key in keys}})
+    first, second = keys
+    assert f'line 1: has "{first}" and "{second}"; say which with --question-column' in complaint(line, "in.jsonl")
+    for key in keys:
+        (problem,) = read(line, "in.jsonl", question=key)
+        assert problem.messages[0]["content"] == {"messages": "m"}.get(key, values[key])
+    assert read(json.dumps({"id": 1, first: values[first], second: None}), "in.jsonl")[0].messages[0]["content"] == {"messages": "m"}.get(first, values[first])
+
+
+def test_keys_in_other_letters_are_named_in_the_error():
+    assert '"Question" is one with --question-column' in complaint('{"id": 1, "Question": "q"}', "in.jsonl")
+
+
+@pytest.mark.parametrize("line", ['{"id": 1, "prompt": "p"}', json.dumps({"custom_id": "a", "body": {}})])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_document_is_one_error_that_says_how_to_make_lines_of_it(line, indent):
+    array, inside = [json.loads(line)] * 3, {"a": 1, "rows": [json.loads(line)]}
+    assert complaint(json.dumps(array, indent=indent), "my file.json") == (
+        "my file.json is one JSON array of 3 entries, not one object a line; make lines of it: jq -c '.[]' 'my file.json' > lines.jsonl"
+    )
+    assert "jq -c '.[]' in.jsonl" in complaint(json.dumps(array, indent=indent), "in.jsonl", "openai")
+    if indent:
+        assert "one JSON object over several lines" in complaint(json.dumps(inside, indent=indent), "in.json")
+        assert "jq -c '.rows[]' in.json >" in complaint(json.dumps(inside, indent=indent), "in.json")
+
+
 def test_a_template_wraps_the_fields_of_a_row_and_braces_of_its_own():
     text = Template.parse("{subject}: {question}\nEnd with \\boxed{{}}.")
     assert text.fill({"subject": "sums", "question": "{x}?"}) == "sums: {x}?\nEnd with \\boxed{}."
@@ -177,10 +212,13 @@ def test_a_request_becomes_a_problem_with_its_own_options():
     problem = batch({
         "messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]}],
         "max_completion_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "n": 1, "stream": False, "tools": [], "logprobs": False,
-        "frequency_penalty": 0, "user": None, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        "frequency_penalty": 0, "user": None, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "repeat_last_n": 9, "reasoning_effort": None, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
     })  # fmt: skip
     assert problem.messages == ({"role": "system", "content": "s"}, {"role": "user", "content": "pq"})
-    assert problem.options == {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "schema": schema}
+    assert problem.options == {
+        "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "top_k": 20, "min_p": 0.1, "repeat_penalty": 1.1, "repeat_last_n": 9, "schema": schema,
+    }  # fmt: skip
+    assert batch({"top_k": -1}).options == {"top_k": 0}
     assert (problem.id, problem.refused, problem.notes) == ("a", None, ())
     assert problem.asked()["options"]["temperature"] == 0.5 and "options" not in batch().asked()
 
@@ -198,9 +236,18 @@ def test_what_does_not_change_the_answer_is_passed_over_and_said():
     ("body", "why"),
     [
         ({"tools": [{}]}, "body.tools is not supported"),
-        ({"logprobs": True}, "body.logprobs is not supported"),
-        ({"frequency_penalty": 0.5}, "body.frequency_penalty is not supported"),
-        ({"n": 3}, "--votes takes several"),
+        ({"logprobs": True}, "body.logprobs true is not supported"),
+        ({"frequency_penalty": 0.5}, "body.frequency_penalty 0.5 is not supported: repeat_penalty is"),
+        ({"n": 3}, "body.n 3 is not supported: one choice is made of a request; --votes takes several"),
+        ({"reasoning_effort": "low"}, 'body.reasoning_effort "low" is not supported'),
+        ({"reasoning_effort": "medium"}, "give --think-budget for all lines"),
+        ({"verbosity": "low"}, 'body.verbosity "low" is not supported: leave it out'),
+        ({"typical_p": 0.5}, "body.typical_p 0.5 is not supported"),
+        ({"top_k": 1.5}, "body.top_k 1.5 must be a whole number"),
+        ({"top_k": -2}, "body.top_k -2"),
+        ({"min_p": 1}, "body.min_p 1 must be a number of 0 to below 1"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "body.repeat_penalty 1.1 and body.repetition_penalty 1.2 say two things"),
+        ({"messages": [{"role": "user", "content": "p", "audio": {"id": "x"}}]}, "messages[].audio is not supported"),
         ({"temperature": 3}, "body.temperature 3 must be a number of 0 to 2"),
         ({"max_tokens": "many"}, "body.max_tokens"),
         ({"seed": -1}, "body.seed -1"),

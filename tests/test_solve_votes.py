@@ -239,6 +239,24 @@ def test_all_votes_share_the_time_of_their_problem(monkeypatch):
     assert [v["finish_reason"] for v in record["votes"]] == ["stop", "timeout"] and record["vote"]["asked"] == 5
 
 
+@pytest.mark.parametrize(("seconds", "finishes"), [(12, ["stop", "timeout"]), (20, ["stop", "stop"])])
+def test_the_last_vote_out_of_time_is_a_problem_out_of_time(monkeypatch, seconds, finishes):
+    tick = clock(monkeypatch, 1.0)
+    record = solve(says("4"), on_token=tick, timeout_s=seconds, votes=2)
+    assert [v["finish_reason"] for v in record["votes"]] == finishes
+    assert (record["finish_reason"], record["answer"]) == (finishes[-1], "4")
+    tally = Tally()
+    tally.add(record)
+    assert (tally.failed, tally.timeouts) == ((1, 1) if "timeout" in finishes else (0, 0))
+
+
+def test_no_answer_and_no_time_for_another_try_is_out_of_time(monkeypatch):
+    tick = clock(monkeypatch, 1.0)
+    assert solve([""], on_token=tick, timeout_s=9, retries=1)["finish_reason"] == "timeout"
+    assert solve(["", "The answer is 4."], on_token=tick, timeout_s=100, retries=1)["finish_reason"] == "stop"
+    assert solve([""], on_token=tick, timeout_s=9)["finish_reason"] == "stop", "no try was to follow"
+
+
 # ---------------------------------------------------------------- killed in the middle
 
 

@@ -49,7 +49,7 @@ def run(model, folder, watch: Watch) -> list[dict]:
     try:
         solver = Solver(
             model, engine, sampling, 300, key, watch.stopping, checkpoints=Checkpoints(folder / "ck", MANIFEST, folder / "out.jsonl", 1000),
-            limits=ThinkingLimits(40), votes=2, attempts=AttemptLog.beside(folder / "out.jsonl"),
+            limits=lambda max_tokens: ThinkingLimits(40), votes=2, attempts=AttemptLog.beside(folder / "out.jsonl"),
         )  # fmt: skip
         (folder / "ck").mkdir(exist_ok=True)
         assert solve_all([PROBLEM], solver, written.append, watch) == (watch.stop_at is None)

@@ -32,11 +32,16 @@ class AttemptLog:
         """The log of an output."""
         return cls(output.with_name(output.name + ".attempts"))
 
+    @property
+    def count(self) -> int:
+        """How many replies are known."""
+        return len(self._known)
+
     def keep(self, keys: set[str]) -> int:
         """Forget all but the replies to problems with these resume keys; returns how many are left."""
         self._known = {name: result for name, result in self._known.items() if name[0] in keys}
         self._rewrite()
-        return len(self._known)
+        return self.count
 
     def get(self, key: str, vote: int, attempt: int) -> dict[str, Any] | None:
         """The result of one reply, None if it was not made yet. ``seconds`` in it is how long it took."""

@@ -99,6 +99,7 @@ class Checkpoints:
         self._say, self._tell = say, tell
         settings = {"settings": manifest.settings, "model": manifest.model, "versions": manifest.versions}
         self._run = {**settings, "output": str(output.resolve())}
+        self._unused: list[tuple[str, str]] = []
 
     def of(self, key: str) -> Checkpoint:
         """The checkpoint of the problem with this resume key, whether or not there is one yet."""
@@ -107,7 +108,7 @@ class Checkpoints:
     def check(self, keys: set[str], left: set[str], overwrite: bool = False) -> None:
         """Look at what is there before anything is decoded. ``keys``: of all problems; ``left``: of those to solve.
 
-        Makes the directory (mode 0700). Removes, and says so, checkpoints of this run whose problem is done or
+        Makes the directory (mode 0700). Notes for `prune` the checkpoints of this run whose problem is done or
         whose save was never finished, and with ``overwrite`` all of this run's. Raises UsageError for anything that
         is not this run's.
         """
@@ -116,7 +117,7 @@ class Checkpoints:
             names = sorted(path.name for path in self.directory.iterdir())
         except OSError as error:
             raise UsageError(f"--checkpoint {self.directory}: {error.strerror}; name another directory") from None
-        plans: list[tuple[str, str]] = []
+        unused: list[tuple[str, str]] = []
         for name in names:
             path = self.directory / name
             if not _KEY.fullmatch(name) or not path.is_dir():
@@ -127,8 +128,12 @@ class Checkpoints:
             if name in keys and overwrite:
                 reason = "--overwrite starts its problem again"
             if reason:
-                plans.append((name, reason))
-        for name, reason in plans:  # nothing is removed where something else is refused
+                unused.append((name, reason))
+        self._unused = unused
+
+    def prune(self) -> None:
+        """Remove, and say so, what `check` found to be of no use: once nothing can refuse the run any more."""
+        for name, reason in self._unused:
             self._say(f"{self.directory / name}: {reason}; it is thrown away")
             self.of(name).remove()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .sizes import counted
 
 _EDGE_BYTES = 1 << 20  # of a model file that are hashed at each end: enough to tell two quantisations apart
 
@@ -134,7 +135,7 @@ class Journal:
         """Raise UsageError if the records here were made with other settings than ``manifest``'s."""
         if not self.records and not self.torn_bytes:
             return
-        held = f"{self.path} holds {_count(len(self.records), 'record')}"
+        held = f"{self.path} holds {counted(len(self.records), 'record')}"
         stored = _read_manifest(self.manifest_path)
         if stored is None:
             raise UsageError(
@@ -238,8 +239,8 @@ def _read_records(path: Path, data: bytes, form: LineForm) -> tuple[list[dict[st
             following = len(lines) - number + bool(rest)
             if following:
                 raise UsageError(
-                    f"{path} line {number} is not a record of zoomr solve, and {_count(following, 'line')}"
-                    " more stand after it; choose another output with -o, or start again with --overwrite"
+                    f"{path} line {number} is not a record of zoomr solve, and {counted(following, 'more line')}"
+                    f" {'stands' if following == 1 else 'stand'} after it; choose another output with -o, or start again with --overwrite"
                 )
             break
         records.append(record)
@@ -332,7 +333,3 @@ def _plain(value: Any) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,7 +1,7 @@
 """Lines of OpenAI's batch format: requests read as problems, and records written as results.
 
 Pure. Of a request's body what this program can do is done, what would only change how it is served is passed over with
-a note in the record, and what would have made another answer is refused, for that request alone.
+a note in the record, and all else is refused, for that request alone: it would, or could, have made another answer.
 """
 
 from __future__ import annotations
@@ -12,21 +12,30 @@ from typing import Any
 
 from .errors import UsageError
 from .gguf_file import printable
-from .problems import Columns, Gathered, Problem, checked_messages, json_lines, prompt_messages
+from .problems import Columns, Gathered, Problem, checked_messages, json_lines, prompt_messages, refuse_one_document
 from .schema import compile_schema
 
 URL = "/v1/chat/completions"
 EXAMPLE = '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "What is 2 + 2?"}]}}'
 
-_HEEDED = {"messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "response_format", "n"}
 _HARMLESS = {  # a value of theirs that asks for nothing
     "stream": (False,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "logprobs": (False,), "logit_bias": ({},),
-    "modalities": (["text"],), "frequency_penalty": (0,), "presence_penalty": (0,), "top_logprobs": (0,),
+    "modalities": (["text"],), "frequency_penalty": (0,), "presence_penalty": (0,), "top_logprobs": (0,), "n": (1,),
 }  # fmt: skip
-_REFUSED = {
-    "tools", "functions", "function_call", "tool_choice", "logprobs", "top_logprobs", "logit_bias", "modalities", "audio", "web_search_options",
-    "frequency_penalty", "presence_penalty",
+_PASSED_OVER = {
+    "model", "user", "metadata", "store", "stream", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "parallel_tool_calls", "cache_prompt", "id_slot", "priority", "request_id",
 }  # fmt: skip
+"""What only changes how a request is served or billed, and `parallel_tool_calls`, as there are no tools."""
+_CURES = {
+    "n": "one choice is made of a request; --votes takes several",
+    "reasoning_effort": "its words are no count of tokens; leave it out, and give --think-budget for all lines",
+    "frequency_penalty": "repeat_penalty is",
+    "presence_penalty": "repeat_penalty is",
+}
+_MESSAGE_PASSED_OVER = {"name", "refusal", "annotations", "reasoning_content"}
+"""What chat templates have no place for, or drop from earlier turns."""
+_MESSAGE_READ = {"role", "content", "tool_calls", "function_call"}
 _FINISH = {"stop": "stop"}
 """The reasons that OpenAI's format has a word for; every other is ``length``, with our own word in ``zoomr``."""
 
@@ -39,6 +48,8 @@ def read_batch(lines: Iterable[bytes], source: str, columns: Columns = Columns()
     """
     if columns.question or columns.answer or columns.id:
         raise UsageError(f"{source} holds OpenAI batch lines, which have no columns; leave out --question-column, --answer-column and --id-column")
+    lines = list(lines)
+    refuse_one_document(lines, source)
     gathered = Gathered(source)
     for number, data in json_lines(lines, gathered):
         if not isinstance(data.get("custom_id"), str):
@@ -81,8 +92,9 @@ def _messages(body: dict[str, Any], notes: list[str]) -> list[dict[str, str]]:
             raise ValueError(f"a message of role {json.dumps(message.get('role'))[:40]} or with a tool's calls is not supported")
         role = "system" if message["role"] == "developer" else message["role"]
         plain.append({"role": role, "content": _content(message.get("content"))})
-        known = {"role", "content", "tool_calls", "function_call"}
-        for name in (name for name, value in message.items() if name not in known and value is not None):
+        for name in (name for name, value in message.items() if name not in _MESSAGE_READ and value not in (None, [])):
+            if name not in _MESSAGE_PASSED_OVER:
+                raise ValueError(printable(f"messages[].{name} is not supported; leave it out"))
             _note(notes, f"messages[].{name} is passed over")
     return list(checked_messages(plain))
 
@@ -98,23 +110,40 @@ def _content(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
+def _is_whole(value: int | float) -> bool:
+    return isinstance(value, int)
+
+
+_OPTIONS = {  # key of a body: our option, the values it may have, how that is said
+    "max_tokens": ("max_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number from 1 on"),
+    "max_completion_tokens": ("max_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number from 1 on"),
+    "temperature": ("temperature", lambda v: 0 <= v <= 2, "a number of 0 to 2"),
+    "top_p": ("top_p", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+    "seed": ("seed", lambda v: _is_whole(v) and 0 <= v < 2**32 - 1, "a whole number of 0 to 4294967294"),
+    # of other servers that read these lines: llama.cpp, vLLM
+    "top_k": ("top_k", lambda v: _is_whole(v) and -1 <= v < 2**31, "a whole number, 0 or -1 for none"),
+    "min_p": ("min_p", lambda v: 0 <= v < 1, "a number of 0 to below 1"),
+    "repeat_penalty": ("repeat_penalty", lambda v: 0 < v <= 10, "a number above 0 and at most 10"),
+    "repetition_penalty": ("repeat_penalty", lambda v: 0 < v <= 10, "a number above 0 and at most 10"),
+    "repeat_last_n": ("repeat_last_n", lambda v: _is_whole(v) and 0 <= v < 2**31, "a whole number from 0 on"),
+}
+_READ = {"messages", "stop", "response_format", *_OPTIONS}
+
+
 def _options(body: dict[str, Any], schema_name: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    numbers = {
-        "max_tokens": (lambda v: isinstance(v, int) and v >= 1, "a whole number from 1 on"),
-        "max_completion_tokens": (lambda v: isinstance(v, int) and v >= 1, "a whole number from 1 on"),
-        "temperature": (lambda v: 0 <= v <= 2, "a number of 0 to 2"),
-        "top_p": (lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-        "seed": (lambda v: isinstance(v, int) and 0 <= v < 2**32 - 1, "a whole number of 0 to 4294967294"),
-    }
-    for name, (fits, wanted) in numbers.items():
-        if name in body:
-            value = body[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-                raise ValueError(f"body.{name} {json.dumps(value)[:40]} must be {wanted}")
-            options["max_tokens" if name == "max_completion_tokens" else name] = value
-    if "n" in body and body["n"] != 1:
-        raise ValueError(f"body.n {json.dumps(body['n'])[:40]}: one choice is made of a request; --votes takes several")
+    names: dict[str, str] = {}
+    for name, (option, fits, wanted) in _OPTIONS.items():
+        if name not in body:
+            continue
+        value = body[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            raise ValueError(f"body.{name} {json.dumps(value)[:40]} must be {wanted}")
+        if options.get(option, value) != value:
+            raise ValueError(f"body.{names[option]} {options[option]} and body.{name} {value} say two things; leave one of them out")
+        options[option], names[option] = value, name
+    if options.get("top_k") == -1:
+        options["top_k"] = 0
     if "stop" in body:
         stop = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -143,10 +172,11 @@ def _schema(form: Any) -> Any:
 
 def _others(body: dict[str, Any], notes: list[str]) -> None:
     for name, value in body.items():
-        if name in _HEEDED or any(value == harmless and type(value) is not bool or value is harmless for harmless in _HARMLESS.get(name, ())):
+        if name in _READ or any(value == harmless and type(value) is not bool or value is harmless for harmless in _HARMLESS.get(name, ())):
             continue
-        if name in _REFUSED:
-            raise ValueError(f"body.{name} is not supported")
+        if name not in _PASSED_OVER:
+            shown = f" {json.dumps(value)[:40]}" if isinstance(value, int | float | str) else ""
+            raise ValueError(printable(f"body.{name}{shown} is not supported: {_CURES.get(name, 'leave it out')}"))
         _note(notes, "body.model is passed over: -m says which model answers" if name == "model" else f"body.{name} is passed over")
 
 

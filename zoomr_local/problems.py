@@ -7,16 +7,22 @@ the reader for a file; `solve.py` solves what comes out of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UsageError
+from .sizes import counted
 from .template import Template
 
 QUESTIONS = ("question", "problem", "prompt")
 ANSWERS = ("answer", "solution")
 """Columns that are found without being named."""
+
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "repeat_last_n", "seed")
+"""Of a problem's own options those that are fields of SamplingParams, by the same name."""
 
 _LISTED_ERRORS = 10  # bad lines named before "and N more": a screenful
 
@@ -25,7 +31,7 @@ _LISTED_ERRORS = 10  # bad lines named before "and N more": a screenful
 class Problem:
     """One problem of an input. ``messages`` are role and content; ``answer`` is the reference, if there is one.
 
-    ``options`` is what it asks for itself, in place of the run's: max_tokens, temperature, top_p, seed, stop, schema.
+    ``options`` is what it asks for itself, in place of the run's: max_tokens, stop, schema, and `SAMPLING_OPTIONS`.
     ``refused`` says why it cannot be solved at all, ``notes`` what of it is not heeded.
     """
 
@@ -77,10 +83,9 @@ class Gathered:
         """All of them. Raises UsageError that names every bad line (the first ten in full) or says that there is nothing."""
         bad = self._bad
         if bad:
-            more = [f"and {len(bad) - _LISTED_ERRORS} more"] if len(bad) > _LISTED_ERRORS else []
+            more = [f"and {len(bad) - _LISTED_ERRORS:,} more"] if len(bad) > _LISTED_ERRORS else []
             listing = "".join(f"\n  {entry}" for entry in bad[:_LISTED_ERRORS] + more)
-            count = f"1 bad {self._what}" if len(bad) == 1 else f"{len(bad)} bad {self._what}s"
-            raise UsageError(f"{self._source}: {count}; nothing was run{listing}")
+            raise UsageError(f"{self._source}: {counted(len(bad), f'bad {self._what}')}; nothing was run{listing}")
         if not self._problems:
             raise UsageError(f"{self._source} holds no problems; a {self._what} looks like {example}")
         return self._problems
@@ -89,17 +94,46 @@ class Gathered:
 def read_problems(lines: Iterable[bytes], source: str, columns: Columns = Columns()) -> list[Problem]:
     """Every problem of JSON lines; blank lines are passed over.
 
-    A line is an object with ``id`` (text or a whole number, unique), either ``prompt`` (text; ``question`` and ``problem``
-    are taken too) or ``messages`` (a list of ``{"role", "content"}``), and perhaps ``answer`` (text or a number); other
-    keys are left alone. Raises UsageError that names every bad line (the first ten in full) or says that the input is empty.
+    A line is an object with ``id`` (text or a whole number, unique; where no line has one the lines are numbered), one of
+    ``prompt``, ``question`` and ``problem`` (text) or ``messages`` (a list of ``{"role", "content"}``), and perhaps ``answer``
+    (text or a number); other keys are left alone. Raises UsageError that names every bad line (the first ten in full) or
+    says that the input is empty.
     """
+    lines = list(lines)
+    refuse_one_document(lines, source)
     gathered = Gathered(source)
-    for number, data in json_lines(lines, gathered):
+    rows = list(json_lines(lines, gathered))
+    numbered = columns.id is None and not any("id" in data for _, data in rows)
+    for row, (number, data) in enumerate(rows, start=1):
         try:
-            gathered.add(_problem(data, number, columns))
+            gathered.add(_problem({"id": row, **data} if numbered else data, number, columns))
         except ValueError as error:
             gathered.bad(number, str(error))
     return gathered.whole('{"id": "a", "prompt": "What is 2 + 2?"}')
+
+
+def refuse_one_document(lines: Sequence[bytes], source: str) -> None:
+    """Raises UsageError, with the way to make lines of it, for a file that is one JSON array, or one object over several lines."""
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    if not first.startswith((b"[", b"{")) or _decoded(first) is not None and not first.startswith(b"["):
+        return
+    whole = _decoded(b"\n".join(lines))
+    if isinstance(whole, list) and all(isinstance(entry, dict) for entry in whole):
+        what, path = f"one JSON array of {counted(len(whole), 'entry', 'entries')}", ".[]"
+    elif isinstance(whole, dict):
+        what = "one JSON object over several lines"
+        path = next((f".{name}[]" for name, value in whole.items() if isinstance(value, list) and re.fullmatch(r"\w+", name, re.ASCII)), ".")
+    else:
+        return
+    raise UsageError(f"{source} is {what}, not one object a line; make lines of it: jq -c {shlex.quote(path)} {shlex.quote(source)} > lines.jsonl")
+
+
+def _decoded(data: bytes) -> Any:
+    """The JSON in ``data``, None where it is none that can be read."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def json_lines(lines: Iterable[bytes], gathered: Gathered) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -148,15 +182,19 @@ def _is_text_or_int(value: Any) -> bool:
 def _messages(data: dict[str, Any], columns: Columns) -> tuple[dict[str, str], ...]:
     name = columns.question
     if name is None:
-        name = next((key for key in ("prompt", "question", "problem") if key in data), None)
+        known = ("messages", "prompt", "question", "problem")
+        there = [key for key in known if data.get(key) is not None] or [key for key in known if key in data]
+        if len(there) > 1:
+            raise ValueError(f"has {' and '.join(json.dumps(key) for key in there)}; say which with --question-column, or leave one of them out")
+        name = there[0] if there else None
     elif name not in data:
         raise ValueError(f'has no "{name}"')
-    if columns.question is None and "messages" in data:
-        if "prompt" in data:
-            raise ValueError('needs "prompt" or "messages", has both')
+    if name == "messages":
         return _of_template(checked_messages(data["messages"]), data, columns.template)
     if name is None and columns.template is None:
-        raise ValueError('needs "prompt" or "messages", has neither')
+        near = next((key for key in data if key.strip().lower() in ("messages", *QUESTIONS)), None)
+        hint = f"; {json.dumps(near)} is one with --question-column" if near else "; --question-column names another key"
+        raise ValueError(f'needs "prompt", "question", "problem" or "messages", has none of them{hint}')
     question = None if name is None else data[name]
     if name is not None and (not isinstance(question, str) or not question.strip()):
         raise ValueError(f'"{name}" must be text that is not empty')

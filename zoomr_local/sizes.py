@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them. Anybody may import this file; it imports nothing of ours but the errors."""
+"""Sizes in bytes and counts as people write them. Anybody may import this file; it imports nothing of ours but the errors."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def format_bytes(n_bytes: float) -> str:
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     text = f"{value:.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
+
+
+def counted(n: int, noun: str, several: str | None = None) -> str:
+    """``1 token``, ``2 tokens``, ``1,024 tokens``; ``several`` where the plural takes more than an s."""
+    return f"{n:,} {noun if n == 1 else several or noun + 's'}"

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .errors import StorageError, UsageError
 from .events import CacheStats, Event, Finished, Warned
 from .grading import Grade, Grader
-from .problems import Problem, read_problems
+from .problems import SAMPLING_OPTIONS, Problem, read_problems
 from .schema import compile_schema
 from .tally import Tally
 from .votes import elected
@@ -28,6 +28,8 @@ __all__ = ["Listener", "Problem", "Solver", "Tally", "kv_record", "read_problems
 
 LASTING_ERRORS = ("UsageError", "BudgetError", "ModelError", "UnsupportedModel")
 """Another reply would meet them again."""
+
+STOP_PASSED_OVER = "--stop is passed over: the problem's own schema says how its answer ends"
 
 MOST_SEEDS = 2**32 - 1
 
@@ -51,10 +53,11 @@ class Solver:
 
     ``max_tokens`` bounds each reply, thoughts included. ``key`` gives a problem's resume key. ``stopping`` is
     asked after every event; once it says True the generation is given up and no further problem is begun. With
-    ``checkpoints`` the unfinished reply is saved now and then and taken up where it was saved. ``limits`` (a
-    ThinkingLimits) end thinking before the model does. ``votes`` replies are made of a problem, each with a seed of its
-    own, and ``vote_by`` decides among them; a reply that failed or has no answer is made again up to ``retries`` times;
-    after ``timeout_s`` seconds a problem ends with what there is. ``attempts`` keeps the replies of an unfinished one.
+    ``checkpoints`` the unfinished reply is saved now and then and taken up where it was saved. ``limits`` gives the
+    ThinkingLimits of a reply of so many tokens, which end thinking before the model does. ``votes`` replies are made of a
+    problem, each with a seed of its own, and ``vote_by`` decides among them; a reply that failed or has no answer is made
+    again up to ``retries`` times; after ``timeout_s`` seconds a problem ends with what there is. ``attempts`` keeps the
+    replies of an unfinished one.
     """
 
     model: Any
@@ -65,7 +68,7 @@ class Solver:
     stopping: Callable[[], bool] = lambda: False
     debug: bool = False
     checkpoints: Checkpoints | None = None
-    limits: Any = None
+    limits: Callable[[int], Any] | None = None
     grader: Any = Grader()
     votes: int = 1
     vote_by: str = "majority"
@@ -97,15 +100,17 @@ class Solver:
                 break
         seed = results[0]["seed"]
         result = results[0] if self.votes == 1 else elected(results, self.vote_by, self.votes, self.grader.same)
-        if len(results) < self.votes:
+        if len(results) < self.votes or any(r["finish_reason"] == "timeout" for r in results):
             result["finish_reason"] = "timeout"
         return self._frame(problem, result, seed)
 
     def _settings(self, problem: Problem) -> tuple[Any, int]:
         """Sampling and length of a problem's replies. Raises UsageError."""
-        own = {name: value for name, value in problem.options.items() if name in ("temperature", "top_p", "seed")}
+        own = {name: value for name, value in problem.options.items() if name in SAMPLING_OPTIONS}
         if "stop" in problem.options:
             own["stop"] = tuple(problem.options["stop"])
+        elif "schema" in problem.options:
+            own["stop"] = ()  # it could cut what the schema asks for
         if "schema" in problem.options:
             own["grammar"] = compile_schema(problem.options["schema"], f"the schema of {problem.id}").grammar
         sampling = replace(self.sampling, **own) if own else self.sampling
@@ -134,7 +139,11 @@ class Solver:
             seconds = result.pop("seconds")
             time_left = None if time_left is None else time_left - seconds
             tried.append({**result, "seed": seed})
-            if not self._is_tried_again(result, sampling) or (time_left is not None and time_left <= 0):
+            if not self._is_tried_again(result, sampling):
+                break
+            if time_left is not None and time_left <= 0:
+                if attempt < self.retries and "error" not in result:
+                    tried[-1]["finish_reason"] = "timeout"  # no answer, and no time for the try that was to follow
                 break
         last = tried[-1]
         if len(tried) > 1:
@@ -153,6 +162,8 @@ class Solver:
         """The result of one reply; None if it was given up. ``seconds`` in it is how long it took."""
         checkpoint = self.checkpoints.of(self.key(problem)) if self.checkpoints else None
         warnings: list[str] = list(problem.notes)
+        if self.sampling.stop and not sampling.stop:
+            warnings.append(STOP_PASSED_OVER)
         began = time.monotonic()
         try:
             done = self._generate(problem, sampling, max_tokens, time_left, listener, warnings, checkpoint)
@@ -176,7 +187,7 @@ class Solver:
     ) -> Finished | None:  # fmt: skip
         def start() -> Iterator[Event]:
             tokens = self.model.tokenize(self.model.render(list(problem.messages)))
-            limited = {} if self.limits is None else {"limits": self.limits}
+            limited = {} if self.limits is None else {"limits": self.limits(max_tokens)}
             return self.engine.generate(tokens, sampling, max_tokens, **limited)
 
         events = start() if checkpoint is None else checkpoint.events(self.engine, start, f"problem {problem.id}", sampling.seed)

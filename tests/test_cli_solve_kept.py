@@ -1,0 +1,133 @@
+"""`zoomr solve` loses nothing that an earlier run made before a new one can really begin. The engine is a fake one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, opener
+
+from zoomr_cli.main import main
+from zoomr_local.errors import EngineError, ModelError, UsageError
+from zoomr_local.journal import record_key
+
+VOTES = ("in.jsonl", "-o", "out.jsonl", "--votes", "2", "--temp", "0.7")
+KEPT = Path("out.jsonl.attempts")
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """An engine, in a folder with three problems."""
+    engine = FakeEngine()
+    monkeypatch.setattr("zoomr_cli.solve.open_engine", opener(engine))
+    monkeypatch.setattr("zoomr_local.math_grader.installed", lambda: False)
+    monkeypatch.delenv("ZOOMR_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("ZOOMR_MODEL", "m.gguf")
+    Path("in.jsonl").write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"ask {i}", "answer": "4"}) + "\n" for i in range(3)))
+    return engine
+
+
+def run(*arguments: str) -> int:
+    return main(["solve", *arguments])
+
+
+def records() -> list[str]:
+    return [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()]
+
+
+def interrupt_in(engine, reply: int) -> None:
+    """A Ctrl-C while the reply of that number, from 1, is made."""
+
+    def interrupt():
+        if len(engine.prompts) == reply:
+            os.kill(os.getpid(), signal.SIGINT)
+            engine.on_token = lambda: None
+
+    engine.on_token = interrupt
+
+
+@pytest.fixture
+def one_vote_of_the_second(engine):
+    """The first problem is done; of the second one vote is made."""
+    interrupt_in(engine, 4)
+    assert run(*VOTES) == 130
+    assert records() == ["p0"] and len(KEPT.read_text().splitlines()) == 1
+    engine.prompts.clear()
+
+
+def refuse(monkeypatch, engine):
+    def open_engine(model_file, config, n_gpu_layers):
+        raise ModelError("m.gguf is damaged")
+
+    monkeypatch.setattr("zoomr_cli.solve.open_engine", open_engine)
+
+
+def test_overwriting_takes_nothing_away_before_the_model_can_refuse(one_vote_of_the_second, engine, monkeypatch, capsys):
+    before = KEPT.read_bytes()
+    with monkeypatch.context() as patched:
+        refuse(patched, engine)
+        assert run(*VOTES, "--overwrite") == 1
+    assert "m.gguf is damaged" in capsys.readouterr().err
+    assert KEPT.read_bytes() == before and records() == ["p0"]
+    assert run(*VOTES) == 0
+    assert engine.prompts == ["ask 1", "ask 2", "ask 2"] and not KEPT.exists()
+
+
+def test_overwriting_takes_nothing_away_before_the_schema_can_refuse(one_vote_of_the_second, engine, monkeypatch, capsys):
+    before = KEPT.read_bytes()
+    Path("s.json").write_text("true")
+
+    def no_grammar(self, model):
+        raise UsageError("simplify the schema")
+
+    monkeypatch.setattr("zoomr_cli.solve_replies.Replies.check_grammar", no_grammar)
+    assert run(*VOTES, "--schema", "s.json", "--overwrite") == 2
+    assert "simplify the schema" in capsys.readouterr().err
+    assert KEPT.read_bytes() == before and records() == ["p0"]
+
+
+def test_a_smaller_limit_keeps_the_votes_of_the_problems_behind_it(one_vote_of_the_second, engine, capsys):
+    Path("in.jsonl").write_text('{"id": "new", "prompt": "ask new"}\n' + Path("in.jsonl").read_text())
+    assert run(*VOTES, "--limit", "1") == 0
+    assert engine.prompts == ["ask new", "ask new"] and KEPT.exists()
+    assert "out.jsonl.attempts: 1 reply to unfinished problems is there already" in capsys.readouterr().err
+    assert run(*VOTES) == 0
+    assert engine.prompts[2:] == ["ask 1", "ask 2", "ask 2"] and not KEPT.exists()
+
+
+def test_replies_that_nobody_asks_for_any_more_are_said_to_go(one_vote_of_the_second, engine, capsys):
+    lines = Path("in.jsonl").read_text().splitlines(keepends=True)
+    Path("in.jsonl").write_text(lines[0] + lines[2])
+    assert run(*VOTES) == 0
+    assert "out.jsonl.attempts: 1 reply of an earlier run, asked for otherwise or overwritten, thrown away" in capsys.readouterr().err
+    assert not KEPT.exists()
+
+
+def test_trying_failed_ones_again_leaves_those_that_are_not_tried(engine):
+    engine.replies = {"ask 0": EngineError("once"), "ask 2": EngineError("once")}
+    assert run("in.jsonl", "-o", "out.jsonl") == 3
+    engine.replies.clear()
+    assert run("in.jsonl", "-o", "out.jsonl", "--retry-failed", "--limit", "2") == 0
+    found = {record["id"]: "error" in record for record in map(json.loads, Path("out.jsonl").read_text().splitlines())}
+    assert found == {"p0": False, "p1": False, "p2": True}
+
+
+def test_checkpoints_stay_until_the_run_begins(engine, monkeypatch, capsys):
+    monkeypatch.setattr("zoomr_local.checkpoint.Checkpoints._reason", lambda self, path, ours: None)
+    keys = []
+    monkeypatch.setattr("zoomr_local.journal.record_key", lambda problem, manifest: keys.append(record_key(problem, manifest)) or keys[-1])
+    command = ("in.jsonl", "-o", "out.jsonl", "--checkpoint", "ck", "--limit", "1", "--overwrite")
+    with monkeypatch.context() as patched:
+        refuse(patched, engine)
+        assert run(*command) == 1
+        kept = Path("ck", keys[0])
+        kept.mkdir(parents=True)
+        assert run(*command) == 1
+    assert kept.exists()
+    assert run(*command) == 0
+    assert not kept.exists() and "--overwrite starts its problem again; it is thrown away" in capsys.readouterr().err
