@@ -87,7 +87,8 @@ class StockWorker:
 
 
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory):
+def stock_folder() -> Path:
+    """Where the stock library is, built here if there is none."""
     folder = find_stock()
     if folder is None:
         # a folder of its own: a library in build/dev/lib would be taken for the developer's
@@ -96,7 +97,22 @@ def stock(tmp_path_factory):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, "the stock library could not be built:\n" + done.stdout[-3000:]
         folder = find_stock()
-    worker = StockWorker(folder, tmp_path_factory.mktemp("stock"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_models(stock_folder) -> Path:
+    """llama.cpp's own vocabulary-only files and chat templates, which the stock build leaves beside its library."""
+    folder = stock_folder / "models"
+    assert (folder / "ggml-vocab-qwen2.gguf").is_file(), (
+        f"{folder} holds no vocabularies: a build of before they were kept, or of a source without them; make them with\n"
+        "  python native/build.py --only-stock")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stock(stock_folder, tmp_path_factory):
+    worker = StockWorker(stock_folder, tmp_path_factory.mktemp("stock"))
     yield worker
     worker.close()
 
