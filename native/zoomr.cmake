@@ -4,7 +4,7 @@
 function(zoomr_attach target)
     set(dir ${ZOOMR_NATIVE_DIR})
     set(sources ${dir}/zoomr.cpp ${dir}/zoomr-graph.cpp ${dir}/zoomr-heads.cpp
-                ${dir}/zoomr-heads-api.cpp ${dir}/zoomr-heads-graph.cpp ${dir}/zoomr-index.cpp ${dir}/zoomr-log.cpp
+                ${dir}/zoomr-heads-api.cpp ${dir}/zoomr-heads-exchange.cpp ${dir}/zoomr-heads-graph.cpp ${dir}/zoomr-index.cpp ${dir}/zoomr-log.cpp
                 ${dir}/zoomr-memory.cpp ${dir}/zoomr-pack.cpp ${dir}/zoomr-page.cpp ${dir}/zoomr-state.cpp ${dir}/zoomr-support.cpp)
     target_sources(${target} PRIVATE ${sources})
     target_include_directories(${target} PRIVATE ${dir})

@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 // changed whenever a struct, a signature or the page format below changes
-#define ZOOMR_ABI 5
+#define ZOOMR_ABI 6
 
 #define ZOOMR_ERR_ARGUMENT    -1
 #define ZOOMR_ERR_UNSUPPORTED -2 // the model or its cache cannot be paged
@@ -197,6 +197,17 @@ LLAMA_API int64_t zoomr_heads_read(struct zoomr_heads * heads, uint32_t layer, u
 // free cells of a head (cells, may be NULL: which), all or nothing. page_out leaves them there
 LLAMA_API int64_t zoomr_heads_page_out(struct zoomr_heads * heads, uint32_t layer, uint32_t head, const uint32_t * cells, size_t n, void * dst, size_t size); // bytes
 LLAMA_API int64_t zoomr_heads_page_in (struct zoomr_heads * heads, uint32_t layer, uint32_t head, const llama_pos * pos, size_t n, const void * src, size_t size, uint32_t * cells); // tokens
+
+struct zoomr_heads_moved {
+    uint64_t n_evicted;  // cells of single heads
+    uint64_t n_recalled;
+    uint64_t n_stored;   // of the evicted ones, rows that were not stored before
+};
+
+// a layer at once: of the first n_pos positions each head then holds those that are wanted ([n_head_kv][n_pos], 0 or 1) and no others. rows
+// ([n_head_kv][n_rows][cell_bytes], by position, each K then V) takes what leaves, unless stored ([n_head_kv][n_rows], 0 or 1; set by this) says
+// that it is there, and gives what comes. nothing changes unless all of it is stored and fits
+LLAMA_API int32_t zoomr_heads_exchange(struct zoomr_heads * heads, uint32_t layer, const uint8_t * wanted, size_t n_pos, uint8_t * stored, void * rows, size_t n_rows, struct zoomr_heads_moved * moved);
 
 // whether the next decodes observe (at first they do); changing it rebuilds the graph once
 LLAMA_API void zoomr_heads_observe(struct zoomr_heads * heads, bool on);

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from zoomr_local.errors import EngineError, LibraryError, UnsupportedModel
 
-ABI = 5  # native/zoomr.h, ZOOMR_ABI
+ABI = 6  # native/zoomr.h, ZOOMR_ABI
 BINDINGS = "llama-cpp-python"
 LOG_LEVEL_WARN = 3
 GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
@@ -153,6 +153,12 @@ class HeadsInfo(ctypes.Structure):
                 ("cell_bytes", ctypes.c_uint64), ("kv_bytes", ctypes.c_uint64), ("observe_bytes", ctypes.c_uint64)]
 
 
+class HeadsMoved(ctypes.Structure):
+    """struct zoomr_heads_moved"""
+
+    _fields_ = [("n_evicted", ctypes.c_uint64), ("n_recalled", ctypes.c_uint64), ("n_stored", ctypes.c_uint64)]
+
+
 def own_functions(path: Path) -> SimpleNamespace:
     """Our C functions by name without the prefix, and a few of llama.cpp's with cheaper argument types."""
     lib = ctypes.CDLL(str(path))
@@ -207,6 +213,7 @@ def own_functions(path: Path) -> SimpleNamespace:
         "zoomr_heads_read": ([ptr, u32, u32, ptr, size, ptr, ptr], i64),
         "zoomr_heads_page_out": ([ptr, u32, u32, ptr, size, ptr, size], i64),
         "zoomr_heads_page_in": ([ptr, u32, u32, ptr, size, ptr, size, ptr], i64),
+        "zoomr_heads_exchange": ([ptr, u32, ptr, size, ptr, ptr, size, ctypes.POINTER(HeadsMoved)], i32),
         "zoomr_heads_observe": ([ptr, ctypes.c_bool], None),
         "zoomr_heads_observed": ([ptr], u32),
         "zoomr_heads_weights": ([ptr, u32], ptr),
