@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "zoomr_local"
 FLOORS = (
     ("child_process", "clock", "config", "config_lines", "errors", "events", "folders", "gguf_file", "grading", "hub_names", "machine", "sizes"),
     ("libllama", "tiers", "timeline", "session_files", "journal", "hub", "hub_cache", "trace_file", "trace_held", "trace_view"),
-    ("policies", "dialects", "sampling", "schema", "thinking", "block_index", "kv_cache", "heads_cache", "cluster_cache", "calibrations", "model", "plan", "fit", "planner", "trial", "model_facts"),
+    ("policies", "dialects", "sampling", "schema", "thinking", "block_index", "kv_cache", "heads_cache", "cluster_cache", "calibrations", "chat_template", "model", "plan", "fit", "planner", "trial", "model_facts"),
     ("constraint", "reply", "generation", "session", "block_generation", "held_blocks", "turns", "beacon_generation", "heads_generation", "cluster_generation", "heads_setup", "engine_config", "engine"),
     ("calibrate", "conversation", "cache_view", "trace_record", "bench", "bench_case", "bench_depth", "bench_meter", "bench_report", "bench_state", "checkpoint", "doctor", "selftest", "problems", "problem_tables", "problem_input", "openai_batch", "template", "attempts", "votes", "math_grader", "tally", "solve", "workers", "evaluate", "evaluate_report"),
 )

@@ -6,9 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Sequence
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from . import chat_template
 from .dialects import TABLE, Markers, MarkerSet
 from .errors import ModelError, UsageError
 from .gguf_file import printable
@@ -93,13 +91,9 @@ class Model:
         if template is None:
             raise ModelError(f"{self.path} has no chat template, so {len(messages)} messages cannot be put to it; "
                              "send one message, or use a model with a template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
         special = {"bos_token": self._special(self.llama.bos_token), "eos_token": self._special(self.llama.eos_token)}
         try:
-            text = environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **special
-            )
+            text = chat_template.render(template, messages, **special)
         except MemoryError:
             raise ModelError(f"the chat template of {self.path} makes more text than there is memory; the file is damaged") from None
         except Exception as error:  # a template is a program: it can fail in any way Python can
@@ -112,7 +106,3 @@ class Model:
     def close(self) -> None:
         """Free the weights."""
         self.llama.close()
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
