@@ -123,7 +123,7 @@ def _replaced(path: Path, data: bytes) -> Path:
 def _print(pictures: list[dict[str, Any]], first: int) -> None:
     from rich.console import Console
 
-    from . import view_draw
+    from . import view_draw, view_heads
     from .blocks import ASCII, UNICODE, legend
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -136,7 +136,9 @@ def _print(pictures: list[dict[str, Any]], first: int) -> None:
         console.print(line, style="bold" if i == 0 else "dim", width=width)
     console.print(f"\n{'thought (its summary)':>25} time ->", style="dim")
     console.print(view_draw.drawing(chosen, width, glyphs), end="")
-    console.print(legend(width, glyphs))
+    console.print(legend(width, glyphs) if chosen["heads"] is None else view_heads.row_legend(width, glyphs))
+    for line in view_heads.maps(chosen, width, glyphs is UNICODE):
+        console.print(line, width=width, no_wrap=True, overflow="crop")
     lines = view_draw.thoughts(chosen, width)
     if lines:
         console.print()

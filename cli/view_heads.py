@@ -1,6 +1,6 @@
 """Draws what a per-head cache held over time, as text: a row a layer, a row a KV head, time to the right.
 
-Pure; `view.py` prints it. ``heads`` is what `zoomr_local.trace_held` found in a trace. The page draws the same in `view_heads.js`.
+Pure; `view.py` prints it. ``heads`` is what `zoomr_local.trace_held` found in a trace. The page draws the same in `view_page_heads.js`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import Any
 
 from zoomr_local.trace_held import last_row
 
+from .blocks import AWAY, KEPT, WRITTEN, Glyphs
+
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".-+*#"
 MOST_LAYER_ROWS = 32
 MOST_HEAD_ROWS = 64
+_WIDE_COLUMNS = 60  # room for words before each row
 
 Numbers = Callable[[int, int], "list[int]"]
 """(layer, tokens of the text) -> a number a KV head."""
@@ -66,6 +69,12 @@ def scale_of(heads: dict[str, Any], shades: str) -> Scale:
     return Scale(min(every), max(every), shades)
 
 
+def row_legend(width: int, glyphs: Glyphs) -> str:
+    """What the characters of the rows of texts mean, which `blocks.py` draws."""
+    meanings = ((WRITTEN, "being written"), (KEPT, "in the cache"), (AWAY, "each layer and head has its own part of it"))
+    return "\n".join(_joined([f"{glyphs.states[state]} {text}" for state, text in meanings], width))
+
+
 def maps(picture: dict[str, Any], width: int, unicode: bool) -> list[str]:
     """The heat maps, at most ``width`` columns wide, as lines; none where the trace is of no per-head cache."""
     heads = picture["heads"]
@@ -74,19 +83,23 @@ def maps(picture: dict[str, Any], width: int, unicode: bool) -> list[str]:
     scale = scale_of(heads, SHADES if unicode else ASCII_SHADES)
     kept: Numbers = lambda layer, tokens: after_selection(heads, layer, tokens)  # noqa: E731
     budget: Numbers = lambda layer, tokens: budget_at(heads, layer, tokens)  # noqa: E731
-    end = max(1, picture["tokens"])
-    lines = ["", *_wrapped("Tokens that each layer kept, the mean of its KV heads; at the right, at the end and its cells", width)]
-    lines += _map(_layer_rows(heads), kept, scale, end, width, lambda layers: _mean(heads["layer_cells"][layer] for layer in layers))
-    titled = [("Tokens that each KV head kept", kept)] + [("Tokens that each KV head might keep: its budget", budget)] * any(heads["budgets"])
-    rows, group = _head_rows(heads)
-    for title, numbers in titled if rows else []:
-        lines += ["", *_wrapped(title + (f"; a row is the mean of {group}" if group > 1 else ""), width)]
-        lines += _map(rows, numbers, scale, end, width, None)
-    if not rows:
-        lines += _wrapped(f"{heads['kv_heads']} KV heads in each of {len(heads['layer_cells'])} layers are too many rows for a terminal; --html draws each", width)
+    cells: Numbers = lambda layer, tokens: [heads["layer_cells"][layer]] * heads["kv_heads"]  # noqa: E731
+    end, n = max(1, picture["tokens"]), heads["kv_heads"]
+    of = "in its one KV head" if n == 1 else f"the mean of its {n} KV heads"
+    lines = ["", *_wrapped(f"Tokens that each layer kept, {of}; at the right at the end, and its cells", width)]
+    lines += _map(_layer_rows(heads), (kept, kept, cells), scale, end, width)
+    rows, group = _head_rows(heads, width)
+    grouped = f"; a row is the mean of {group}" if group > 1 else ""
+    if rows and any(heads["budgets"]):
+        lines += ["", *_wrapped(f"Budget of each KV head in tokens; at the right what it kept at the end, and its budget{grouped}", width)]
+        lines += _map(rows, (budget, kept, budget), scale, end, width)
+    elif rows:
+        lines += ["", *_wrapped(f"Tokens that each KV head kept; at the right at the end{grouped}", width)]
+        lines += _map(rows, (kept, kept, None), scale, end, width)
+    elif n > 1:
+        lines += _wrapped(f"{n} KV heads in each of {len(heads['layer_cells'])} layers are too many rows for a terminal; --html draws each", width)
     lines += ["", *_joined([*scale.legend(), *(["blank: fewer, still filling"] if scale.low > 0 else [])], width)]
-    lines += _wrapped(_said(heads), width)
-    return lines
+    return lines + _wrapped(_said(heads), width)
 
 
 @dataclass(frozen=True)
@@ -105,30 +118,38 @@ def _layer_rows(heads: dict[str, Any]) -> list[_Row]:
     return [_Row(_span("layer", layers), layers) for layers in found]
 
 
-def _head_rows(heads: dict[str, Any]) -> tuple[list[_Row], int]:
+def _head_rows(heads: dict[str, Any], width: int) -> tuple[list[_Row], int]:
     """A row a head, or the fewest neighbours of a layer in one that make no more rows than a terminal has room for; and how many."""
     layers, n = len(heads["layer_cells"]), heads["kv_heads"]
-    group = next((g for g in range(1, n + 1) if n % g == 0 and layers * (n // g) <= MOST_HEAD_ROWS), None)
-    if group is None or group == n > 1:
+    group = next((g for g in range(1, n) if n % g == 0 and layers * (n // g) <= MOST_HEAD_ROWS), None)
+    if group is None:
         return [], 0
     parts = [range(first, first + group) for first in range(0, n, group)]
-    return [_Row(f"{layer} {_span('head', part)}", range(layer, layer + 1), part) for layer in range(layers) for part in parts], group
+    layer_word, head_word = ("layer ", "head") if width >= _WIDE_COLUMNS else ("", "")
+    rows = []
+    for layer in range(layers):
+        for part in parts:
+            first = f"{layer_word}{layer}{'' if layer_word else ':'} " if part[0] == 0 else ""
+            rows.append(_Row(first + _span(head_word, part).strip(), range(layer, layer + 1), part))
+    return rows, group
 
 
 def _span(word: str, numbers: range) -> str:
     return f"{word} {numbers[0]}" if len(numbers) == 1 else f"{word}s {numbers[0]}-{numbers[-1]}"
 
 
-def _map(rows: list[_Row], numbers: Numbers, scale: Scale, end: int, width: int, cells: Callable[[range], float] | None) -> list[str]:
+def _map(rows: list[_Row], drawn: tuple[Numbers, Numbers, Numbers | None], scale: Scale, end: int, width: int) -> list[str]:
+    """A line a row, and one with the first and last token. ``drawn``: what is shaded, and one or two numbers for the right."""
+    shaded, first, second = drawn
     labels = max(len(row.label) for row in rows)
-    ends = [round(_value(row, numbers, end)) for row in rows]
-    tails = [f" {n:,}" + (f"/{cells(row.layers):,.0f}" if cells else "") for n, row in zip(ends, rows)]
-    columns = max(8, min(end, width - labels - 1 - max(map(len, tails))))
-    stops = [max(1, end * (i + 1) // columns) for i in range(columns)]
-    drawn = ["".join(scale.shade(_value(row, numbers, stop)) for stop in stops) for row in rows]
+    tails = ["/".join(f"{_value(row, of, end):,.0f}" for of in (first, second) if of) for row in rows]
     widest = max(map(len, tails))
-    axis = f"{'0':<{columns - len(f'{end:,}')}}{end:,}" if columns > len(f"{end:,}") else ""
-    return [*(f"{row.label:>{labels}} {line}{tail:>{widest}}" for row, line, tail in zip(rows, drawn, tails)), f"{'':>{labels}} {axis}".rstrip()]
+    columns = max(8, min(end, width - labels - widest - 2))
+    stops = [max(1, end * (i + 1) // columns) for i in range(columns)]
+    lines = [f"{row.label:>{labels}} {''.join(scale.shade(_value(row, shaded, at)) for at in stops)} {tail:>{widest}}" for row, tail in zip(rows, tails)]
+    last = f"{end:,}"
+    axis = [f"{'':>{labels}} 0{last:>{columns - 1}}"] if columns > len(last) + 1 else []
+    return [*lines, *axis]
 
 
 def _value(row: _Row, numbers: Numbers, tokens: int) -> float:

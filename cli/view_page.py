@@ -2,7 +2,8 @@
 
 What a model wrote stands in the page as JSON in a data block, with every `<`, `>` and `&` escaped, and reaches the
 reader's eyes as text nodes only. The content security policy names the hashes of the page's one script and one style
-sheet, so that nothing else runs even if that failed. The page itself is `view_page.html`.
+sheet, so that nothing else runs even if that failed. The page itself is `view_page.html`, and what draws per-head caches in
+its script `view_page_heads.js`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
 
 def page(pictures: list[dict[str, Any]], first: int) -> str:
     """The page with the problems ``pictures`` (`trace_view.picture`), number ``first`` shown at the start. ASCII but for the template."""
-    template = files(__package__).joinpath("view_page.html").read_text(encoding="utf-8")
+    template, heads = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("view_page.html", "view_page_heads.js"))
+    template = template.replace("__HEADS__", heads)
     data = json.dumps({"problems": pictures, "first": first}, separators=(",", ":")).translate(_ESCAPES)
     before, after = template.replace("__CSP__", _policy(template)).split("__DATA__")
     return before + data + after

@@ -25,6 +25,11 @@ class HeadContext(BookContext):
 
     heads = None
 
+    def clear(self) -> None:
+        super().clear()
+        if self.heads is not None:
+            self.heads.clear()
+
     def decode(self, tokens, positions, *, seq=0, logits="last") -> None:
         for position in positions:
             self.heads.add(position)
@@ -48,6 +53,10 @@ class BookHeads:
             for head in row:
                 head[np.flatnonzero(head < 0)[0]] = position
             assert (row >= 0).sum() <= KV_HEADS * self.layer_cells[layer]
+
+    def clear(self) -> None:
+        for row in self._positions:
+            row[:] = -1
 
     def positions(self, layer):
         return self._positions[layer]

@@ -129,7 +129,7 @@ def test_the_command_writes_it_and_reasonalloc_runs(copy, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, named", [
     (["--checkpoint", "c"], "--checkpoint"), (["--kv-ram", "64MiB"], "--kv-ram"), (["--kv-page-type", "q8_0"], "--kv-page-type"),
-    (["--think-budget", "100"], "--think-budget"), (["--trace", "t.jsonl"], "--trace"), (["--kv-type", "q8_0"], "--kv-type q8_0"),
+    (["--think-budget", "100"], "--think-budget"), (["--kv-type", "q8_0"], "--kv-type q8_0"),
     (["--on-full", "stop"], "--on-full"), (["--pin-prompt", "maybe"], "--pin-prompt maybe"),
 ])  # fmt: skip
 def test_flags_without_a_meaning_are_refused_by_name(tmp_path, monkeypatch, capsys, flags, named):
@@ -145,8 +145,3 @@ def test_bars_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
     calibrate.plot(tmp_path / "wave.png", FOUND, "mine", np.array([20, 10, 15, 35]), 20)
     assert (tmp_path / "wave.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_demo_of_them_cannot_be_traced_and_says_so(tmp_path, capsys):
-    assert main(["demo", "--policy", "snapkv", "--trace", str(tmp_path / "t.jsonl"), "-q"]) == 2
-    assert "--trace cannot record policy snapkv" in capsys.readouterr().err and not (tmp_path / "t.jsonl").exists()

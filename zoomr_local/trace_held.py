@@ -15,7 +15,7 @@ from typing import Any
 
 HELD_BYTES_PER_TOKEN = 32
 
-MOST_HEADS = 1 << 16
+MOST_HEADS = 1 << 14
 """KV heads of all layers together that a reader believes: far more than models have."""
 
 _MOST = 1 << 40
