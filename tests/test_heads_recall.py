@@ -1,13 +1,10 @@
 """`clusterkv` in the real engine: `full` where everything fits, the slow reference where it does not, every row back as it left."""
 
-from types import SimpleNamespace
-
 import heads_reference as slow
 import numpy as np
 import pytest
 from test_heads_engine import BUDGET, long_reply, play, short, tokens  # noqa: F401
 
-from zoomr_local.cluster_cache import HeadTier
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import BudgetError, StorageError, UsageError
 from zoomr_local.events import Finished, HeadsEvicted, HeadsRecalled, PromptProgress, TokenDecoded
@@ -228,28 +225,6 @@ def test_the_tier_is_gone_when_the_reply_is(model, prompt, long_reply):  # noqa:
         assert engine.generation.cache.tier._rows.nbytes == 0
     finally:
         engine.close()
-
-
-# ---------------------------------------------------------------- the tier by itself
-
-
-def test_a_page_comes_back_as_it_was_written_in_any_order_and_part():
-    store = SimpleNamespace(n_head_kv=2, cell_bytes=10, head_dim=3, value_dim=2)
-    tier = HeadTier(store, [1, 3], 20, 800)
-    rng, rows = np.random.default_rng(0), {}
-    for layer, head, positions in ((3, 0, [4, 9, 2]), (3, 1, [4]), (1, 0, [19, 0])):
-        assert tier.missing(layer, head, np.array(positions)).all()
-        page = rng.integers(0, 256, 10 * len(positions), np.uint8)
-        n = len(positions)
-        for i, position in enumerate(positions):
-            rows[layer, head, position] = page[6 * i : 6 * i + 6], page[6 * n + 4 * i : 6 * n + 4 * i + 4]
-        tier.write(layer, head, np.array(positions), page)
-        assert not tier.missing(layer, head, np.array(positions)).any()
-    back = tier.read(3, 0, np.array([2, 4]))
-    assert back.tolist() == np.concatenate([rows[3, 0, 2][0], rows[3, 0, 4][0], rows[3, 0, 2][1], rows[3, 0, 4][1]]).tolist()
-    assert tier.missing(3, 0, np.array([4, 5])).tolist() == [False, True] and tier.stored_bytes == 60
-    with pytest.raises(StorageError, match="may need 800 B"):
-        HeadTier(store, [1, 3], 20, 799)
 
 
 # ---------------------------------------------------------------- what is refused

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import EngineError, StorageError
+from .errors import StorageError
 from .heads_cache import HeadCache
 from .libllama.heads import HeadStore
 from .sizes import format_bytes
@@ -35,7 +35,6 @@ class HeadTier:
                 f"--kv-ram {format_bytes(limit_bytes)}: a text of {length_tokens} tokens may need {format_bytes(self.need_bytes)} of RAM for"
                 " what leaves the cells, and policy clusterkv has no disk tier; give --kv-ram that much, or a smaller -n"
             )
-        self._key_bytes = store.cell_bytes * store.head_dim // (store.head_dim + store.value_dim)
         self._place = {layer: i for i, layer in enumerate(layers)}
         shape = (len(layers), store.n_head_kv, length_tokens)
         try:
@@ -45,23 +44,9 @@ class HeadTier:
         self._stored = np.zeros(shape, bool)
         self.stored_bytes = 0
 
-    def missing(self, layer: int, head: int, positions: np.ndarray) -> np.ndarray:
-        """bool [n]: which of ``positions`` were not written yet."""
-        return ~self._stored[self._place[layer], head, positions]
-
-    def write(self, layer: int, head: int, positions: np.ndarray, page: np.ndarray) -> None:
-        """Take over a page as `HeadStore.page_out` makes it: all K rows, then all V rows."""
-        n, at = len(positions), self._place[layer]
-        split = n * self._key_bytes
-        self._rows[at, head, positions, : self._key_bytes] = page[:split].reshape(n, -1)
-        self._rows[at, head, positions, self._key_bytes :] = page[split:].reshape(n, -1)
-        self._stored[at, head, positions] = True
-        self.stored_bytes += page.nbytes
-
-    def read(self, layer: int, head: int, positions: np.ndarray) -> np.ndarray:
-        """uint8: the page of ``positions``, byte for byte as it was written."""
-        rows = self._rows[self._place[layer], head, positions]
-        return np.concatenate([rows[:, : self._key_bytes].ravel(), rows[:, self._key_bytes :].ravel()])
+    def of(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """(bool [n_head_kv, length_tokens]: which rows of a layer are written, uint8 [n_head_kv, length_tokens, cell_bytes]: the rows)."""
+        return self._stored[self._place[layer]], self._rows[self._place[layer]]
 
     def close(self) -> None:
         """Free the memory. Safe to call twice."""
@@ -94,36 +79,10 @@ class RecallCache(HeadCache):
         First everything that goes leaves, then what comes is put back. Returns (cells that were freed, cells that were
         filled). Raises EngineError if that does not fit, or for a token that is neither in cells nor in the tier.
         """
-        row = self.heads.positions(layer)
-        held = row >= 0
-        goes = held & ~np.take_along_axis(wanted, np.where(held, row, 0), axis=1)
-        here = np.zeros_like(wanted)
-        head_of, cell_of = np.nonzero(held)
-        here[head_of, row[head_of, cell_of]] = True
-        comes = wanted & ~here
-        freed = filled = 0
-        for head in range(len(row)):
-            freed += self._leave(layer, head, np.flatnonzero(goes[head]))
-            filled += self._return(layer, head, np.flatnonzero(comes[head]))
-        self.held[layer] = wanted.sum(axis=1)
+        stored, rows = self.tier.of(layer)
+        freed, filled, written = self.heads.exchange(layer, wanted, stored, rows)
+        self.tier.stored_bytes += written * self.heads.cell_bytes
         self.recalled_cells += filled
+        self.held[layer] = wanted.sum(axis=1)
         self._recount()
         return freed, filled
-
-    def _leave(self, layer: int, head: int, cells: np.ndarray) -> int:
-        if not len(cells):
-            return 0
-        positions = self.heads.positions(layer)[head][cells]
-        new = self.tier.missing(layer, head, positions)
-        if new.any():
-            self.tier.write(layer, head, positions[new], self.heads.page_out(layer, head, cells[new]))
-        return self.heads.evict(layer, head, cells)
-
-    def _return(self, layer: int, head: int, positions: np.ndarray) -> int:
-        if not len(positions):
-            return 0
-        lost = self.tier.missing(layer, head, positions)
-        if lost.any():
-            raise EngineError(f"layer {layer}, KV head {head}: position {positions[lost][0]} is neither in cells nor in the tier")
-        self.heads.page_in(layer, head, positions, self.tier.read(layer, head, positions))
-        return len(positions)

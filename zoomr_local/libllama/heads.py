@@ -14,7 +14,7 @@ import numpy as np
 from zoomr_local.errors import EngineError, UnsupportedModel
 
 from .context import LlamaContext
-from .library import HeadsInfo, HeadsParams, checked, llama, zoomr
+from .library import HeadsInfo, HeadsMoved, HeadsParams, checked, llama, zoomr
 
 
 def _view(address: int, ctype, dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -159,6 +159,22 @@ class HeadStore:
         checked(zoomr.heads_page_in(self._alive, layer, head, array.ctypes.data, array.size, data.ctypes.data, data.nbytes,
                                     cells.ctypes.data))
         return cells
+
+    def exchange(self, layer: int, wanted: np.ndarray, stored: np.ndarray, rows: np.ndarray) -> tuple[int, int, int]:
+        """Lets each head of a layer hold the tokens that are ``wanted``, bool [n_head_kv, n] by position, and no others.
+
+        What leaves is written to ``rows``, uint8 [n_head_kv, m, cell_bytes] by position (K, then V), unless ``stored``, bool
+        [n_head_kv, m], says that it is there, and what comes is read from it. Returns (cells freed, cells filled, rows written). All or nothing.
+        Raises EngineError where a position is wanted that is neither in cells nor stored, and where cells are missing.
+        """
+        n, m, all_heads = wanted.shape[-1], stored.shape[-1], self.n_head_kv
+        for name, array, dtype, shape in (("wanted", wanted, bool, (all_heads, n)), ("stored", stored, bool, (all_heads, m)),
+                                          ("rows", rows, np.uint8, (all_heads, m, self.cell_bytes))):
+            if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+                raise EngineError(f"{name} of layer {layer} is {array.dtype} {array.shape}, must be {np.dtype(dtype)} {shape} in one piece")
+        moved = HeadsMoved()
+        checked(zoomr.heads_exchange(self._alive, layer, wanted.ctypes.data, n, stored.ctypes.data, rows.ctypes.data, m, ctypes.byref(moved)))
+        return moved.n_evicted, moved.n_recalled, moved.n_stored
 
     # what the last decode left
 
