@@ -235,7 +235,8 @@ def summary_lines(tally: Tally, budget_tokens: int | None) -> list[str]:
         of = f" of {budget_tokens:,}" if budget_tokens else ""
         lines.append(f"KV cache  {s['resident_peak']:,}{of} cells at the peak, {human_bytes(s['resident_peak_bytes'])}")
     if s["page_ins"] or s["paged_out_bytes"]:
-        lines.append(f"paging    {human_bytes(s['paged_out_bytes'])} paged out; {s['page_ins']:,} times something came back")
+        back = f"{s['recalled_tokens']:,} tokens came back" if s["recalled_tokens"] else f"{s['page_ins']:,} times something came back"
+        lines.append(f"paging    {human_bytes(s['paged_out_bytes'])} paged out; {back}")
     if s["disk_written_bytes"]:
         lines.append(f"disk      {human_bytes(s['disk_written_bytes'])} of pages written")
     if s["lost_blocks"]:

@@ -13,7 +13,7 @@ def has_failed(record: dict[str, Any]) -> bool:
     return "error" in record or record["finish_reason"] == "timeout"
 
 
-_LATER = ("lost_blocks", "faults", "disk_written_bytes", "prompted_summaries", "cut_summaries", "injected_tokens")
+_LATER = ("lost_blocks", "faults", "disk_written_bytes", "prompted_summaries", "cut_summaries", "injected_tokens", "recalled_tokens")
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Tally:
     prompted_summaries: int = 0
     cut_summaries: int = 0
     injected_tokens: int = 0
+    recalled_tokens: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -109,4 +110,5 @@ class Tally:
             "prompted_summaries": self.prompted_summaries,
             "cut_summaries": self.cut_summaries,
             "injected_tokens": self.injected_tokens,
+            "recalled_tokens": self.recalled_tokens,
         }
