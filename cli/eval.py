@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from zoomr_local.evaluate import Cell, Run, Suite
     from zoomr_local.solve import Tally
 
+    from . import eval_trace
+
 BUNDLED = "bundled"
 DEFAULT_PROBLEMS = 100
 _FILE_MAX_TOKENS = 4096  # as `zoomr solve`
@@ -68,6 +70,8 @@ def evaluation(
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder of records and results. Default: MODEL.eval here.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away this grid's records and start again.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Solve the failed ones of an earlier run again.")] = False,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="DIR", help="Record what the cache does in some problems of every cell, texts included, a file each, for `zoomr view`.", show_default=False)] = None,
+    trace_problems: Annotated[int | None, typer.Option("--trace-problems", metavar="N", min=1, help="With --trace: so many of each family, the first ones. Default: 3.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw accuracy against resident cells (extra `bench`).", show_default=False)] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -93,8 +97,12 @@ def evaluation(
     from zoomr_local.evaluate_report import require_matplotlib
     from zoomr_local.sampling import SamplingParams
 
+    from . import eval_trace
+
     if plot is not None:
         require_matplotlib()  # before hours of running, not after
+    if trace is None and trace_problems is not None:
+        raise UsageError("--trace-problems needs --trace DIR")
     problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
     policies = [options.known_policy(name) for name in _names("--policy", policy)]
     path = options.model_path(model)
@@ -114,9 +122,12 @@ def evaluation(
     cells = grid(problems.families, policies, budgets, base, {**_choices(lists, vote_layers), "summaries": modes, "pin_prompt": pins})
     folder = output or Path(f"{path.stem}.eval")
     sampling = SamplingParams(temperature=temp, seed=seed)
+    traces = {} if trace is None else eval_trace.files(trace, cells, problems, trace_problems)
     with solve_job._interruptible() as interrupted:
-        run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj, jobs)
+        run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj, jobs, traces)
         found = _evaluate(run, quiet, overwrite, retry_failed)
+    if traces and not quiet:
+        eval_trace.say(trace, traces, found is not None)
     if found is None:
         again = _command(context.obj, without=("--overwrite",))
         print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
@@ -127,11 +138,12 @@ def evaluation(
 
 def _run(
     cells: list[Cell], suite: Suite, folder: Path, model_file: Path, sampling: Any, n_gpu_layers: int,
-    interrupted: Callable[[], bool], arguments: list[str], jobs: int,
+    interrupted: Callable[[], bool], arguments: list[str], jobs: int, traces: eval_trace.Files,
 ) -> Run:  # fmt: skip
     from zoomr_local.evaluate import Run
     from zoomr_local.journal import model_fingerprint
 
+    from .eval_trace import TracedSolver
     from .versions import versions
 
     try:
@@ -141,7 +153,7 @@ def _run(
     return Run(
         cells, suite, folder, partial(_open_engine, model_file, n_gpu_layers), fingerprint, versions(),
         sampling, n_gpu_layers, {"command": _command(arguments)}, interrupted, bool(os.environ.get("ZOOMR_DEBUG")), jobs,
-        markers=ways.user_markers(),
+        solver=partial(TracedSolver, files=traces), markers=ways.user_markers(),
     )  # fmt: skip
 
 

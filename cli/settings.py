@@ -31,7 +31,7 @@ where anything is read or written; not how much of the machine is taken (tiers, 
 ONE_RUN = frozenset({
     "answer-column", "checkpoint", "continue", "csv", "dry-run", "encoding", "force", "help", "html", "id-column", "input-format", "json", "limit",
     "list", "open", "output", "output-format", "overwrite", "plot", "problem", "question-column", "retry-failed", "schema", "session", "template",
-    "trace", "version", "yes",
+    "trace", "trace-problems", "version", "yes",
 })  # fmt: skip
 """Flags that say what one run does, not how zoomr is set: nobody's file may overwrite a result or answer a question."""
 

@@ -222,7 +222,7 @@ class Run:
     stopping: Callable[[], bool] = lambda: False
     debug: bool = False
     jobs: int = 1
-    solver: type[Solver] = Solver
+    solver: Callable[..., Solver] = Solver
     markers: tuple[MarkerSet, ...] = ()
 
     def manifest(self, cell: Cell) -> Manifest:
@@ -301,7 +301,7 @@ def _run_cell(
 
 @contextmanager
 def _open_solver(
-    kind: type[Solver], open_engine: Callable[[EngineConfig], AbstractContextManager[tuple[Any, Any]]], config: EngineConfig,
+    kind: Callable[..., Solver], open_engine: Callable[[EngineConfig], AbstractContextManager[tuple[Any, Any]]], config: EngineConfig,
     sampling: SamplingParams, max_tokens: int, manifest: Manifest, debug: bool,
 ) -> Iterator[Solver]:  # fmt: skip
     with open_engine(config) as (model, engine):

@@ -358,10 +358,15 @@ class Recording:
 
     def finished(self, record: dict[str, Any]) -> None:
         """A record is on the disk."""
-        names = ("answer", "correct", "error", "finish_reason", "resumed")
-        last = record["votes"][-1] if record.get("votes") else record  # what was recorded last is that reply, not the vote's winner
-        self._recorder.end({name: last[name] for name in names if name in last})
+        self._recorder.end(result_of(record))
         self._listener.finished(record)
+
+
+def result_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What a trace says of a record, behind the reply that was recorded last."""
+    names = ("answer", "correct", "error", "finish_reason", "resumed")
+    last = record["votes"][-1] if record.get("votes") else record  # that reply's own, not the vote's winner
+    return {name: last[name] for name in names if name in last}
 
 
 def _short(number: float) -> float:
