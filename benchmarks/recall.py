@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.runs import RESULTS, command_line, ended
+from benchmarks.runs import RESULTS, ended
 from benchmarks.speed import commit, tell
 from zoomr_cli import options, versions
 from zoomr_local.errors import UsageError
@@ -265,6 +265,7 @@ def run(name: str, n: int, families: Sequence[str] | None, folder: Path, command
                 result["problems"].append(row)
                 write(folder / f"recall-{path.stem}.json", result)
                 tell(f"{path.stem}: {len(result['problems'])} of {total} problems")
+        write(folder / f"recall-{path.stem}.json", result)
     finally:
         model.close()
     return folder / f"recall-{path.stem}.json"
@@ -296,7 +297,6 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     p = argparse.ArgumentParser(prog="python -m benchmarks.recall", description=__doc__.split("\n", 1)[0])
     p.add_argument("-m", "--models", default="plain-tiny,zoomr-tiny", metavar="LIST", help="default: %(default)s")
     p.add_argument("-n", type=int, default=5, help="dev problems a family (default: 5)")
@@ -308,8 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.n < 1:
             raise UsageError(f"-n {args.n}: give at least 1")
         families = args.families and [part.strip() for part in args.families.split(",") if part.strip()]
+        command = f"python -m benchmarks.recall -n {args.n}" + (f" --families {args.families}" if families else "")
         for name in filter(None, (part.strip() for part in args.models.split(","))):
-            print(run(name, args.n, families, args.results, command_line("recall", argv)).name)
+            print(run(name, args.n, families, args.results, command).name)
         return 0
 
     return ended(body)

@@ -57,6 +57,7 @@ def test_clusters_grow_as_the_policy_makes_them(trace):
     grown = recall.Growing(selectors(trace, 50).policy, trace, 0, 32)
     assert grown.window == 8 and list(grown.clusters.kept) == list(range(16)) and list(grown.clusters.positions) == list(range(16, 40))
     assert grown.advance(47) == 7 and len(grown.clusters.positions) == 24
+    assert grown.advance(48) == 0 and len(grown.clusters.positions) == 32  # a window that is full is clustered
     assert grown.advance(57) == 1 and list(grown.clusters.positions) == list(range(16, 56))
     selected = grown.selected(trace.queries[57, 0], 57)
     assert selected[:, :16].all() and selected[:, 56].all() and (selected.sum(axis=1) <= 32).all() and selected[:, 16:56].any()
@@ -83,6 +84,27 @@ def test_pages_with_kept_tokens_have_the_sinks_and_newest_of_the_clusters(trace)
     assert 0 < newest < 40
     for selected in (clusters, pages):
         assert selected[:, :16].all() and selected[:, -newest:].all()
+
+
+def test_pages_and_blocks_are_whole(trace):
+    looked = selectors(trace, 384)
+    for name, size in (("pages", 16), ("blocks of 16", 16), ("blocks of 32", 32)):
+        selected = looked.by_query(name, trace.queries[384, 1], 96)
+        assert set(selected.reshape(-1, size).sum(axis=1)) == {0, size} and (size == 32 or 16 in selected.reshape(-1, 32).sum(axis=1))
+
+
+def test_clusters_of_16_are_as_many_as_pages(trace):
+    looked = selectors(trace, 384)
+    many, few = (looked.by_query(name, trace.queries[384, 1], 96) for name in ("clusters of 16", "clusters"))
+    counts = [grown[96].clusters.n_clusters for grown in (looked.fine, looked.growing)]
+    assert (many != few).any() and 384 / 24 < counts[0] < 384 / 12 and counts[1] < 384 / 30
+
+
+def test_attention_held_is_the_weight_of_what_is_selected(trace):
+    found = recall.measure(trace, (32,), [200, 371])
+    for layer in range(N_LAYER):
+        newest = [recall.softmax(trace.logits(layer, step))[:, -32:].sum(axis=1).mean() for step in (200, 371)]
+        assert found["mass"]["newest"]["32"]["own"][layer] == pytest.approx(np.mean(newest), abs=1e-5)
 
 
 def test_nothing_beats_best(trace):
