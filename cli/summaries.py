@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,15 @@ def user_markers() -> tuple[MarkerSet, ...]:
 
 
 def say(engine: Any, quiet: bool) -> None:
-    """On stderr, unless ``quiet``: which way of summarising auto chose in place of the model's own markers, or that a chosen one is
-    of no use."""
+    """On stderr, unless ``quiet``: which way of summarising auto chose in place of the model's own markers, or that a chosen one, or
+    the user's markers, are of no use."""
     from zoomr_local.policies import POLICIES
 
     config, chosen = engine.config, engine.summaries
     if quiet:
         return
+    for line in _of_no_use(engine.model, chosen.mode):
+        print(line, file=sys.stderr)
     if POLICIES[config.policy].unit != "block":
         if config.summaries != "auto":
             print(f"note: policy {config.policy} makes no blocks, so --summaries is not used", file=sys.stderr)
@@ -47,6 +49,16 @@ def say(engine: Any, quiet: bool) -> None:
     for name in ("thought_min", "summary_max"):
         if getattr(config, name) is not None and name not in used:
             print(f"note: --summaries is {chosen.mode} here, so --{name.replace('_', '-')} is not used", file=sys.stderr)
+
+
+def _of_no_use(model: Any, mode: str) -> Iterator[str]:
+    """Of the user's marker sets those that the vocabulary lacks, where ``model`` has no others in their place."""
+    for row in model.marker_sets:
+        for kind, found in (("summary", mode == "learned"), ("think", model.markers.thinking)):
+            texts = (getattr(row, f"{kind}_open"), getattr(row, f"{kind}_close"))
+            lacking = [text for text in texts if text is not None and model.llama.token_of(text) is None]
+            if lacking and not found:
+                yield f"note: markers {row.name!r} of your configuration are not used: {lacking[0]} is no token of {model.name}"
 
 
 def check(modes: Iterable[str], policies: Iterable[str], model: Path, quiet: bool) -> None:

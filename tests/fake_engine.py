@@ -22,6 +22,7 @@ from zoomr_local.events import (
 
 class FakeModel:
     name = "fake"
+    marker_sets = ()
 
     def render(self, messages):
         return messages[-1]["content"]
@@ -36,7 +37,7 @@ class FakeEngine:
     def __init__(self, replies=None, tokens=8, on_token=lambda: None):
         self.replies, self.tokens, self.on_token = replies or {}, tokens, on_token
         self.prompts: list[str] = []
-        self.summaries = Summaries()
+        self.model, self.summaries = FakeModel(), Summaries()
         self.samplings: list = []
         self.decoded = 0
         self.cancelled = False

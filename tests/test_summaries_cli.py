@@ -89,6 +89,24 @@ def test_the_users_markers_are_read_and_reach_the_model(tmp_path, monkeypatch, c
     assert json.loads(capsys.readouterr().out)["dialect"] == "learned"
 
 
+def test_markers_that_the_vocabulary_lacks_are_said_where_no_others_are_used(capsys):
+    from talk import TalkModel
+
+    from zoomr_local.dialects import Markers, MarkerSet
+
+    engine = FakeEngine()
+    engine.config, engine.model = EngineConfig(), TalkModel()
+    engine.model.marker_sets = (MarkerSet("mine", "<|sum|>", "<|/sum|>", "<reason>", "</reason>"),)
+    for markers, mode, told in (
+        (engine.model.markers, "learned", []), (engine.model.markers.without_summaries, "extractive", ["<|sum|>"]),
+        (Markers(None, None, None, None), "extractive", ["<|sum|>", "<reason>"]),
+    ):  # fmt: skip
+        engine.model.markers, engine.summaries = markers, Summaries(mode, "no markers")
+        summaries.say(engine, False)
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert notes == [f"note: markers 'mine' of your configuration are not used: {text} is no token of scripted" for text in told]
+
+
 def test_markers_that_cannot_be_name_the_file(tmp_path, monkeypatch):
     path = config_file(tmp_path, monkeypatch, '[[markers]]\nname = "mine"\nsummary_open = "<s>"\n')
     with pytest.raises(UsageError) as caught:
