@@ -63,21 +63,24 @@ def show(context: typer.Context, command: Command = None, origin: WithOrigin = F
 @app.command("path")
 def path(as_json: options.Json = False) -> None:
     """Print the files that settings are read from, the strongest first, whether or not they are there."""
-    from zoomr_local.config import paths
+    from zoomr_local.config import fault, paths
 
     sources = paths()
+    faults = {source: fault(source) for source in sources}
     if as_json:
-        print(json.dumps({"files": [_source_dict(source) for source in sources]}))
+        print(json.dumps({"files": [_source_dict(source, faults[source]) for source in sources]}))
         return
     if all(source.kind != "user" for source in sources):
         options.tell("this user has no home folder, so there is no user file; set HOME or XDG_CONFIG_HOME, or name a file by ZOOMR_CONFIG")
     for source in sources:
         state = "not read: " + source.refused if source.refused else "is read" if source.exists else "not there"
-        print(f"{source.kind:<8} {source.path}  ({state})")
+        print(f"{source.kind:<8} {source.path}  ({'cannot be read' if faults[source] else state})")
+    for source in filter(faults.get, sources):
+        options.tell(f"error: {faults[source]}; until that is mended every command ends with this line")
 
 
-def _source_dict(source: Source) -> dict[str, Any]:
-    return {"kind": source.kind, "path": str(source.path), "exists": source.exists, "refused": source.refused or None}
+def _source_dict(source: Source, fault: str = "") -> dict[str, Any]:
+    return {"kind": source.kind, "path": str(source.path), "exists": source.exists, "refused": source.refused or None, "fault": fault or None}
 
 
 def _rows(found: Found, names: list[str], model: str | None) -> list[dict[str, Any]]:

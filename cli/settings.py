@@ -60,8 +60,8 @@ class ConfiguredGroup(TyperGroup):
         else:
             found = Found(load(), self, os.environ)
             with command.make_context(name, list(rest), resilient_parsing=True) as typed:
-                values = found.values(name, typed)
-            _say_notes(found, name, typed, values)
+                values, passed_over = _used(found.values(name, typed), command, typed)
+            _say_notes(found, name, typed, values, passed_over)
             ctx.meta[_META] = {
                 name.removeprefix("--"): setting for key, (setting, _) in values.items() if not _was_typed(typed, options[key])
                 for name in (*options[key].opts, *options[key].secondary_opts)
@@ -192,8 +192,26 @@ def _default_model() -> str:
     return next(iter(options.bundled_models()))
 
 
-def _say_notes(found: Found, name: str, typed: Any, values: Mapping[str, tuple[Setting, Any]]) -> None:
-    """On stderr: what a project's file sets, as it came with somebody's checkout; files passed over; variables nearly right."""
+def _used(values: dict[str, tuple[Setting, Any]], command: Any, typed: Any) -> tuple[dict[str, tuple[Setting, Any]], list[str]]:
+    """``values`` without those that the command has no use for beside the flags that are typed, and what is to be said of that."""
+    from .setting_use import unused
+
+    params = {key_of(param): param for param in command.params if param.param_type_name == "option"}
+
+    def get(key: str) -> Any:
+        if key not in params:
+            return None
+        if _was_typed(typed, params[key]):
+            return typed.params.get(params[key].name)
+        return values[key][1] if key in values else params[key].default
+
+    without = unused([key for key in values if not _was_typed(typed, params[key])], get)
+    notes = [f"{key} is not used here: {why} ({values[key][0].origin} sets it)" for key, why in without.items() if why]
+    return {key: value for key, value in values.items() if key not in without}, notes
+
+
+def _say_notes(found: Found, name: str, typed: Any, values: Mapping[str, tuple[Setting, Any]], passed_over: list[str]) -> None:
+    """On stderr: what a project's file sets, as it came with somebody's checkout; files and settings passed over; variables nearly right."""
     from zoomr_local.config import PROJECT, mistaken_variables
 
     quiet = typed.params.get("quiet") or ("quiet" in values and values["quiet"][1] in (True, "1", "true", "yes", "on"))
@@ -206,7 +224,7 @@ def _say_notes(found: Found, name: str, typed: Any, values: Mapping[str, tuple[S
         path = next(source.path for source in found.config.sources if source.kind == PROJECT)
         lines.append(f"{path} sets {', '.join(sorted(set_there))}")
     lines += [f"{there} is no setting; did you mean {near}?" for there, near in mistaken_variables(found.environment, keys)]
-    for line in lines:
+    for line in lines + passed_over:
         print(f"note: {line}", file=sys.stderr)
 
 

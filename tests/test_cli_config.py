@@ -262,9 +262,22 @@ def test_path_says_which_files_are_looked_for(user, capsys, tmp_path):
     Path("zoomr.toml").write_text("")
     assert main(["config", "path", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"files": [
-        {"kind": "project", "path": f"{Path.cwd()}/zoomr.toml", "exists": True, "refused": None},
-        {"kind": "user", "path": str(path), "exists": True, "refused": None},
+        {"kind": "project", "path": f"{Path.cwd()}/zoomr.toml", "exists": True, "refused": None, "fault": None},
+        {"kind": "user", "path": str(path), "exists": True, "refused": None, "fault": None},
     ]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fault", [("fifo", "config.toml is no file"), ("folder", "config.toml is no file"), ("text", "config.toml, line 2: no TOML: ")])
+def test_path_does_not_say_that_a_file_is_read_which_cannot_be(user, capsys, kind, fault):
+    path = user("temp = 1\ntemp = = 2")
+    if kind != "text":
+        path.unlink()
+        os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    assert main(["config", "path"]) == 0
+    said = capsys.readouterr()
+    assert f"user     {path}  (cannot be read)\n" in said.out and fault in said.err and "(is read)" not in said.out
+    assert main(["config", "path", "--json"]) == 0
+    assert fault in json.loads(capsys.readouterr().out)["files"][1]["fault"]
 
 
 def test_help_shows_what_is_set_as_the_default(user, capsys):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoomr_local import config
-from zoomr_local.config_lines import key_lines
+from zoomr_local.config_lines import MOST_CHARACTERS, key_lines
 from zoomr_local.errors import UsageError
 from zoomr_local.folders import user_folder
 
@@ -235,6 +235,9 @@ def check(home, text, project=False):
     ("\n[" + "a." * 30000 + "a]", "line 2: a key of more than 16 names"),
     ("\n\na" + ' . "\\"" . \'b\'' * 3000 + " = 1", "line 3: a key of more than 16 names"),
     ("x = {" + "a." * 2000 + "a = 1}", "line 1: a key of more than 16 names"),
+    ("temp = " + "9" * 5000, "config.toml: no setting is a number of thousands of digits"),
+    ("kv-budget = 0x" + "f" * 5000, "config.toml, line 1: kv-budget: no setting is a number of more than 64 bits"),
+    ("stop = [['x', 0x1" + "0" * 16 + "]]", "line 1: stop: no setting is a number of more than 64 bits"),
 ])  # fmt: skip
 def test_what_is_wrong_in_a_file_is_one_line(home, text, message):
     with pytest.raises(UsageError, match=message) as caught:
@@ -306,15 +309,36 @@ def test_every_key_is_found_on_its_line(tables):
     assert {path: line for path, line in found.items() if path in expected} == expected
 
 
-def test_a_statement_that_never_ends_costs_no_time():
-    calls = []
+def parsed(text: str) -> tuple[dict, int]:
+    """What `key_lines` finds, and the characters that it has had parsed for that."""
+    characters = [0]
 
-    def parse(text):
-        calls.append(len(text))
-        return config._toml(Path("x"), text)
+    def parse(part):
+        characters[0] += len(part)
+        return config._toml(Path("x"), part)
 
-    assert key_lines("a = 1\nb = [\n" + "1,\n" * 30000 + "]\nc = 2", parse) == {("a",): 1}
-    assert len(calls) < 200
+    return key_lines(text, parse), characters[0]
+
+
+def test_long_statements_are_read_once_or_twice_and_hostile_ones_until_a_bound():
+    text = "a = 1\nb = [\n" + "1,\n" * 10_000 + "]\nc = 2"
+    found, characters = parsed(text)
+    assert found == {("a",): 1, ("b",): 2, ("c",): 10_004} and characters < 2 * len(text)
+    small, large = (parsed("a = 1\nb = [\n" + "[1],\n" * n + "]\nc = 2") for n in (100, 12_000))
+    assert small[0] == {("a",): 1, ("b",): 2, ("c",): 104} and large[0] == {("a",): 1}
+    assert large[1] < MOST_CHARACTERS + 100_000
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_the_search_for_deep_keys_looks_at_no_more_of_a_line_from_each_quote_than_a_bound(quote):
+    """Without the bound a line of quotes is read to its end from each of them. Deep keys of longer names fit no file."""
+
+    def key(letters):
+        return ".".join([quote + "a" * letters + quote] * (config._MOST_NAMES + 1))
+
+    assert config._DEEP_KEY.search(key(config._MOST_LETTERS)) and not config._DEEP_KEY.search(key(config._MOST_LETTERS + 1))
+    names = config.MOST_BYTES // (config._MOST_LETTERS + 4)
+    assert config._toml(Path("x"), ".".join([quote + "a" * (config._MOST_LETTERS + 1) + quote] * min(names, 300)) + " = 1")
 
 
 def test_the_backport_for_python_3_10_reads_the_same(home, monkeypatch):

@@ -33,8 +33,12 @@ PROJECT_NAME, USER_NAME = "zoomr.toml", "config.toml"
 MOST_BYTES = 1 << 16
 _MODELS, _MARKERS = "models", "markers"
 _MOST_NAMES = 16
-_DEEP_KEY = re.compile(rf"""(?<![\w"'-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){{{_MOST_NAMES},}}""")
-"""A key of more names than any setting has: TOML's parser takes minutes and gigabytes for thousands of them."""
+_MOST_LETTERS = 40
+_DEEP_KEY = re.compile(
+    rf"""(?<![\w"'-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){{0,{_MOST_LETTERS}}}"|'[^'\n]{{0,{_MOST_LETTERS}}}')[ \t]*\.[ \t]*){{{_MOST_NAMES},}}"""
+)
+"""A key of more names than any setting has: TOML's parser takes minutes and gigabytes for thousands of them. Of longer quoted names a
+file has no room for so many; without that bound the search itself would read the rest of the line from every quote in it."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,17 @@ def paths(environment: Mapping[str, str] | None = None) -> list[Source]:
     return [source for source in found if source is not None]
 
 
+def fault(source: Source) -> str:
+    """Why a file that is there cannot be used, as every command would say it; empty if it can, and for one that is not looked into."""
+    if not source.exists or source.refused:
+        return ""
+    try:
+        _read(source)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 def project_folders(start: Path, home: Path | None) -> list[Path]:
     """Where a project's file may stand, nearest first: ``start``, and its parents up to the root of the repository (``.git``)
     or to below the home folder. Outside of both ``start`` alone: in a folder that all may write to, anybody's file lies."""
@@ -281,6 +296,8 @@ def _toml(path: Path, text: str) -> dict[str, Any]:
         raise wrong(Origin("", str(path), line), f"no TOML: {what[:1].lower()}{what[1:]}") from None
     except RecursionError:
         raise UsageError(f"{path}: no settings are nested so deep") from None
+    except ValueError:  # Python's own limit
+        raise UsageError(f"{path}: no setting is a number of thousands of digits") from None
 
 
 class _Reader:
@@ -308,8 +325,22 @@ class _Reader:
             key, origin = name.replace("_", "-"), self.origin(*above, name)
             if key in found:
                 raise wrong(origin, f"{key} is set twice, see line {found[key].origin.line}")
+            if _has_huge_number(value):
+                raise wrong(origin, f"{key}: no setting is a number of more than 64 bits")
             found[key] = Setting(key, value, origin, command, model)
         return list(found.values())
+
+
+def _has_huge_number(value: Any) -> bool:
+    """Whether a value, or one in a list, is an integer beyond those of TOML; Python cannot even write the largest of them."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, list):
+            left += one
+        elif isinstance(one, int) and one.bit_length() > 64:
+            return True
+    return False
 
 
 def _near(name: str, names: Iterable[str]) -> str:
