@@ -18,8 +18,7 @@ class Constraint:
     def __init__(self, model: Model, prompt: Sequence[int], grammar: str) -> None:
         """Raises UsageError if llama.cpp cannot use ``grammar`` (GBNF)."""
         markers = model.markers
-        ids = (markers.summary_open, markers.summary_close, markers.think_open, markers.think_close)
-        self._grammar = LlamaGrammar(model.llama, grammar, forbidden=tuple(i for i in ids if i is not None))
+        self._grammar = LlamaGrammar(model.llama, grammar, forbidden=tuple(sorted(markers.ids)))
         self._opens = markers.think_open
         self._may_think = self._opens is not None and not self._settled(model, prompt)
         self._held = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -58,7 +58,8 @@ class Model:
     @cached_property
     def markers(self) -> Markers:
         """The ids of the thought and summary markers that the vocabulary has."""
-        return Markers.find(self.llama.token_of, (*self.marker_sets, *TABLE))
+        tokenize = partial(self.llama.tokenize, add_special=False, parse_special=False)
+        return Markers.find(self.llama.token_of, (*self.marker_sets, *TABLE), tokenize)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

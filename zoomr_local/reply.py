@@ -53,7 +53,7 @@ class Reply:
     @property
     def thinking(self) -> bool:
         """True while a marker that would end thinking is still to come."""
-        return self.role != "answer" and self.dialect.markers.think_close is not None
+        return self.role != "answer" and self.dialect.markers.ends_thinking
 
     @property
     def content(self) -> str:
@@ -85,8 +85,9 @@ class Reply:
 
         Returns the text that can be shown with it (perhaps empty), or None if the model ended the reply instead.
         """
+        forced = bool(self._forced)
         token, injected = self._next(context)
-        if token is None or (self._llama.is_eog(token) and not injected):
+        if token is None or (self._llama.is_eog(token) and not injected and not forced) or self.dialect.ends(token):
             self.stopped = True
             return None
         piece = self._llama.piece(token)
@@ -153,7 +154,7 @@ class Reply:
             token = self._forced.pop(0)
         if token is not None:
             self._sampler.accept(token)
-        elif self._constraint is not None and self.role == "answer":
+        elif self._constraint is not None and self.role == "answer" and self.dialect.header is None:
             token = self._constraint.sample(self._sampler, context)
         else:
             token = self._sampler.sample(context)

@@ -80,14 +80,21 @@ def repeated_period(tokens: Sequence[int]) -> int | None:
     return None
 
 
-def hand_over(markers: Markers, role: str, message: Sequence[int], after: Sequence[int]) -> list[int]:
+def hand_over(
+    markers: Markers, role: str, message: Sequence[int], after: Sequence[int], header: Sequence[int] | None = None
+) -> list[int]:
     """The tokens that end thinking: the open summary's close, ``message``, the marker, and what stands ``after`` it.
 
+    ``header``: of a reply in channels the header that it broke off in, if it did: what is missing of the answer's header then.
     Raises ValueError for a model that has no marker of the end of thinking.
     """
-    if markers.think_close is None:
+    if not markers.ends_thinking:
         raise ValueError("the model has no marker that ends thinking")
+    if markers.channels is not None and header is not None:
+        return markers.channels.rest_of_header(header)
     closing = [markers.summary_close] if role == "summary" and markers.summary_close is not None else []
+    if markers.channels is not None:
+        return [*closing, *message, *markers.channels.closing]
     return [*closing, *message, markers.think_close, *after]
 
 

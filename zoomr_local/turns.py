@@ -125,8 +125,9 @@ class Turns(Generation):
     def _left_over(self) -> list[int]:
         reply = self.reply
         tokens = [reply.token] if self._waiting() else []
-        if reply.thinking:
-            tokens += hand_over(reply.dialect.markers, reply.role, (), self._after())
+        header = reply.dialect.header
+        if reply.thinking or header is not None:
+            tokens += hand_over(reply.dialect.markers, reply.role, (), self._after(), header)
         return tokens
 
     def _after(self) -> list[int]:
@@ -141,7 +142,7 @@ class Turns(Generation):
             return
         reply, ended = self.reply, self.reply.stopped
         message = self.model.llama.tokenize(CLOSING, add_special=False, parse_special=False)
-        reply.force(hand_over(reply.dialect.markers, reply.role, message, self._after()))
+        reply.force(hand_over(reply.dialect.markers, reply.role, message, self._after(), reply.dialect.header))
         self.thinking_cut = reason
         yield ThinkingCut(len(self.timeline), reason, reply.reasoning_tokens)
         if ended:
@@ -153,6 +154,8 @@ class Turns(Generation):
             return None
         if reply.stopped:  # by a stop string: then that token waits
             return None if self.limits is None or self._waiting() else "ended"
+        if reply.dialect.header is not None:  # what follows it is not known yet
+            return None
         if self.answer_now:
             return "asked"
         if self.limits is None:
@@ -194,7 +197,10 @@ class TokenTurns(Turns, TokenGeneration):
     def _thinking_range(self) -> Range:
         """Of the last reply. Where the prompt opens thinking its close stays; the newest token always does."""
         line, close = self.timeline.tokens, self.model.markers.think_close
-        start = self._reply_start
+        start, channels = self._reply_start, self.reply.dialect.channels
+        if channels is not None:
+            first, stop = channels.first, channels.stop
+            return (start, start) if first is None else (start + first, min(len(line) - 1, len(line) if stop is None else start + stop))
         opens = [p for p in range(start, len(line)) if line[p] == self.model.markers.think_open]
         if not self._began_thinking and not opens:
             return start, start
@@ -279,10 +285,10 @@ class BlockTurns(Turns, HeldBlocks):
         """In a conversation thoughts and answer are never in one block, as they part ways at the next turn.
 
         The marker that closes thinking goes with the one that opened it: into the answer's block, if the prompt did.
+        So does a header that opens the answer.
         """
-        ends = self.timeline.tokens[position] == self.model.markers.think_close and fed.role == "marker"
-        if self.room_tokens and ends and not fed.closes_summary:
-            start, stop = self.timeline.open_start, position + (not self._began_thinking)
+        if self.room_tokens and fed.ends_thinking and not fed.closes_summary:
+            start, stop = self.timeline.open_start, position + 1 - (fed.opening_tokens or self._began_thinking)
             if start < stop:
                 yield from self._close("thought", (start, stop))
                 return True

@@ -8,6 +8,7 @@ writes it; *extractive*, the text is cut and indexed by its own keys; *off*. doc
 from __future__ import annotations
 
 from .base import Dialect, Fed, ends_sentence
+from .channels import ChannelReader, Channels
 from .extractive import ExtractiveDialect
 from .learned import LearnedDialect
 from .markers import SUMMARY_CLOSE, SUMMARY_OPEN, TABLE, THINK_CLOSE, THINK_OPEN, Markers, MarkerSet, marker_sets
@@ -16,6 +17,6 @@ from .prompted import Phrases, PromptedDialect
 
 __all__ = [
     "LEAST_SUMMARY_MAX", "LEAST_THOUGHT_TOKENS", "MODES", "SUMMARY_CLOSE", "SUMMARY_OPEN", "TABLE", "THINK_CLOSE", "THINK_OPEN",
-    "Dialect", "ExtractiveDialect", "Fed", "LearnedDialect", "MarkerSet", "Markers", "Phrases", "PromptedDialect", "Summaries",
+    "ChannelReader", "Channels", "Dialect", "ExtractiveDialect", "Fed", "LearnedDialect", "MarkerSet", "Markers", "Phrases", "PromptedDialect", "Summaries",
     "choose", "ends_sentence", "marker_sets", "resolve",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Sequence
 
+from .channels import ChannelReader
 from .markers import Markers
 
 _SENTENCE_END = re.compile(r"(?:[.!?:;][\"')\]]*\s?|\n)$")
@@ -26,7 +27,8 @@ class Fed:
     """What one token is: its ``role`` (thought, summary, answer or marker), and what it opens or closes.
 
     ``ends_block``: what was written so far is a block without a summary. ``injected``: the runtime wrote it, not the
-    model. ``cut_tokens``: how long the summary is, if it ends here because that is its longest.
+    model. ``cut_tokens``: how long the summary is, if it ends here because that is its longest. ``ends_thinking``: the answer
+    begins behind this token; with the last ``opening_tokens`` of what was written, if its beginning is marked by several.
     """
 
     role: str
@@ -35,6 +37,8 @@ class Fed:
     ends_block: bool = False
     injected: bool = False
     cut_tokens: int = 0
+    ends_thinking: bool = False
+    opening_tokens: int = 0
 
 
 class Dialect(ABC):
@@ -44,16 +48,28 @@ class Dialect(ABC):
 
     def __init__(self, markers: Markers, prompt: Sequence[int]) -> None:
         self.markers = markers
+        self.channels = None if markers.channels is None else ChannelReader(markers.channels, prompt)
         self.role = "thought" if self._starts_thinking(prompt) else "answer"
 
     def _starts_thinking(self, prompt: Sequence[int]) -> bool:
         m = self.markers
+        if self.channels is not None:
+            return self.channels.thinks
         for token in reversed(prompt):
             if token == m.think_close:
                 return False
             if token == m.think_open:
                 return True
         return m.think_open is None and m.summaries
+
+    @property
+    def header(self) -> list[int] | None:
+        """The tokens so far of a header that is being written, before it says what follows; None outside of one."""
+        return None if self.channels is None else self.channels.header
+
+    def ends(self, token: int) -> bool:
+        """Whether ``token`` ends the reply, which a message's end does behind the answer."""
+        return self.channels is not None and self.header is None and self.role == "answer" and token == self.channels.channels.end
 
     @abstractmethod
     def feed(self, token: int, piece: bytes = b"", injected: bool = False) -> Fed:
@@ -80,20 +96,39 @@ class Dialect(ABC):
 
     def state(self) -> Any:
         """All that a later token's class depends on, JSON-ready."""
-        return self.role
+        return self.role if self.channels is None else [self.role, self.channels.state()]
 
     def restore(self, state: Any) -> None:
         """Go on from ``state``. Raises ValueError for what is no state of this dialect."""
+        if self.channels is not None:
+            if not isinstance(state, list) or len(state) != 2:
+                raise ValueError(f"{state!r} is no state of a reply in channels")
+            state, read = state
+            self.channels.restore(read)
         if state not in self.roles:
             raise ValueError(f"{state!r} is no segment")
         self.role = state
 
-    def _thinking(self, token: int) -> Fed | None:
+    def _thinking(self, token: int, piece: bytes) -> Fed | None:
         """Classify a thinking marker that stands where it can; None for every other token."""
+        if self.channels is not None:
+            return self._header(token, piece)
         if token == self.markers.think_open and self.role == "answer":
             self.role = "thought"
             return Fed("marker")
         if token == self.markers.think_close and self.role in ("thought", "summary"):
             was, self.role = self.role, "answer"
-            return Fed("marker", closes_summary=was == "summary")
+            return Fed("marker", closes_summary=was == "summary", ends_thinking=True)
         return None
+
+    def _header(self, token: int, piece: bytes) -> Fed | None:
+        """As ``_thinking``, for replies in channels. A header is not text; while it is written the role stays what it was."""
+        if not self.channels.feed(token, piece):
+            return None
+        was = self.role
+        if self.channels.header is not None:
+            self.role = "thought" if was == "summary" else was
+            return Fed("marker", closes_summary=was == "summary")
+        self.role = "thought" if self.channels.thinks else "answer"
+        ends = was != "answer" and self.role == "answer"
+        return Fed("marker", ends_thinking=ends, opening_tokens=self.channels.opening_tokens if ends else 0)

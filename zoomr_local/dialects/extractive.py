@@ -62,7 +62,7 @@ class ExtractiveDialect(Dialect):
         self.cuts = Cuts(thought_min)
 
     def feed(self, token: int, piece: bytes = b"", injected: bool = False) -> Fed:
-        fed = self._thinking(token)
+        fed = self._thinking(token, piece)
         may_cut = self.cuts.feed(b"" if fed else piece)
         return fed or Fed(self.role, ends_block=may_cut)
 
@@ -74,7 +74,7 @@ class ExtractiveDialect(Dialect):
         self.cuts.ended()
 
     def state(self) -> dict[str, Any]:
-        return {"role": self.role, "cuts": self.cuts.state()}
+        return {"role": super().state(), "cuts": self.cuts.state()}
 
     def restore(self, state: Any) -> None:
         if not isinstance(state, dict) or state.keys() != {"role", "cuts"}:

@@ -18,14 +18,17 @@ class LearnedDialect(Dialect):
 
     def feed(self, token: int, piece: bytes = b"", injected: bool = False) -> Fed:
         m = self.markers
+        if self.header is not None:
+            return self._thinking(token, piece)
         if token == m.summary_open and self.role == "thought":
             self.role = "summary"
             return Fed("marker", opens_summary=True)
         if token == m.summary_close and self.role == "summary":
             self.role = "thought"
             return Fed("marker", closes_summary=True)
-        return self._thinking(token) or Fed(self.role)
+        return self._thinking(token, piece) or Fed(self.role)
 
     def written(self, summary: Sequence[int]) -> tuple[int, int]:
         """Without its markers; a summary that was cut has no closing one."""
-        return 1, len(summary) - (summary[-1] in (self.markers.summary_close, self.markers.think_close))
+        last = summary[-1]
+        return 1, len(summary) - (last == self.markers.summary_close or self.markers.is_thinking_end(last))

@@ -1,6 +1,6 @@
 """By which tokens a model's text says where thinking and summaries begin and end: a table, and what of it a vocabulary has.
 
-A marker is one token of the vocabulary. `model.py` looks a model's markers up; a user adds rows of the table in the
+A marker is one token of the vocabulary; thinking that is marked by several is read by `channels.py`. `model.py` looks a model's markers up; a user adds rows of the table in the
 configuration, each a table ``[[markers]]``, which `marker_sets` reads.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Sequence
+
+from .channels import Channels
 
 SUMMARY_OPEN, SUMMARY_CLOSE = "<|begin_of_summary|>", "<|end_of_summary|>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -32,6 +34,7 @@ TABLE: tuple[MarkerSet, ...] = (
     MarkerSet("seed", None, None, "<seed:think>", "</seed:think>"),
     MarkerSet("cohere", None, None, "<|START_THINKING|>", "<|END_THINKING|>"),
     MarkerSet("minimax", None, None, "<mm:think>", "</mm:think>"),
+    MarkerSet("gemma", None, None, "<|channel>", "<channel|>"),
 )
 """Known sets, the first that a vocabulary has wins. Memento's own block markers are plain text to us: a block ends where
 its summary does. Sources: the chat templates that llama.cpp ships, and Memento's published data format."""
@@ -40,7 +43,8 @@ its summary does. Sources: the chat templates that llama.cpp ships, and Memento'
 @dataclass(frozen=True)
 class Markers:
     """Token ids of a model's four markers; None for those the vocabulary lacks. ``name`` says which set the summaries are
-    of, ``summary_texts`` and ``think_close_text`` how they are written."""
+    of, ``summary_texts`` and ``think_close_text`` how they are written. ``channels``: thinking is marked by headers of several
+    tokens instead, and there are no single markers of it."""
 
     summary_open: int | None
     summary_close: int | None
@@ -49,13 +53,18 @@ class Markers:
     name: str = ""
     summary_texts: tuple[str, str] = (SUMMARY_OPEN, SUMMARY_CLOSE)
     think_close_text: str = THINK_CLOSE
+    channels: Channels | None = None
 
     @classmethod
-    def find(cls, token_of: Callable[[str], int | None], table: Sequence[MarkerSet] = TABLE) -> "Markers":
+    def find(
+        cls, token_of: Callable[[str], int | None], table: Sequence[MarkerSet] = TABLE,
+        tokenize: Callable[[str], Sequence[int]] | None = None,
+    ) -> "Markers":
         """Look the markers up with ``token_of(text)``, which gives the id if the text is exactly one token.
 
         Summaries are of the first set whose two markers are there. Thinking is of the same set if it is there, else of the
-        first that is whole, else of the first of which one marker is there.
+        first that is whole, else, with ``tokenize``, which gives plain text's ids, in channels, else of the first of which one
+        marker is there.
         """
         ids = {text: token_of(text) for text in dict.fromkeys(t for row in table for t in _texts(row)) if text is not None}
         with_summary = [row for row in table if None not in (ids.get(row.summary_open), ids.get(row.summary_close))]
@@ -65,13 +74,14 @@ class Markers:
             return sum(ids.get(text) is not None for text in (row.think_open, row.think_close)), row is chosen
 
         thinking = max(table, key=found, default=None)  # of equal ones the first
-        if thinking is None or found(thinking)[0] == 0:
+        channels = None if tokenize is None or (thinking and found(thinking)[0] == 2) else Channels.find(token_of, tokenize)
+        if thinking is None or found(thinking)[0] == 0 or channels is not None:
             thinking = None
         summary = (None, None) if chosen is None else (ids[chosen.summary_open], ids[chosen.summary_close])
         think = (None, None) if thinking is None else (ids.get(thinking.think_open), ids.get(thinking.think_close))
         texts = (SUMMARY_OPEN, SUMMARY_CLOSE) if chosen is None else (chosen.summary_open, chosen.summary_close)
         close = THINK_CLOSE if thinking is None else thinking.think_close
-        return cls(*summary, *think, "" if chosen is None else chosen.name, texts, close or THINK_CLOSE)
+        return cls(*summary, *think, "" if chosen is None else chosen.name, texts, close or THINK_CLOSE, channels)
 
     @property
     def summaries(self) -> bool:
@@ -81,7 +91,22 @@ class Markers:
     @property
     def thinking(self) -> bool:
         """True if the model marks both ends of its thinking."""
-        return self.think_open is not None and self.think_close is not None
+        return self.channels is not None or (self.think_open is not None and self.think_close is not None)
+
+    @property
+    def ends_thinking(self) -> bool:
+        """True if there is a way to end the model's thinking in its place."""
+        return self.channels is not None or self.think_close is not None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Every marker's id: what has no place in the text of an answer."""
+        single = (self.summary_open, self.summary_close, self.think_open, self.think_close)
+        return frozenset(i for i in single if i is not None) | (frozenset() if self.channels is None else self.channels.ids)
+
+    def is_thinking_end(self, token: int) -> bool:
+        """Whether ``token`` ends a message of thinking, wherever in it it stands."""
+        return token == self.think_close if self.channels is None else token in self.channels.ids
 
     @property
     def without_summaries(self) -> "Markers":

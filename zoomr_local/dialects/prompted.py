@@ -83,7 +83,7 @@ class PromptedDialect(ExtractiveDialect):
     def feed(self, token: int, piece: bytes = b"", injected: bool = False) -> Fed:
         if injected:
             return self._own()
-        if self.role == "summary" and token != self.markers.think_close:
+        if self.role == "summary" and not self.markers.is_thinking_end(token):
             return self._summary(piece)
         fed = super().feed(token, piece)
         if fed.role == "marker":
@@ -137,7 +137,7 @@ class PromptedDialect(ExtractiveDialect):
         tokens, p = tuple(summary), self.phrases
         start = next((len(o) for o in (p.apart, p.opening) if tokens[: len(o)] == o), 0)
         stop = next((len(tokens) - len(c) for c in (p.cut, p.closing) if c and tokens[-len(c) :] == c), len(tokens))
-        return start, max(start, stop - (tokens[-1] == self.markers.think_close))
+        return start, max(start, stop - self.markers.is_thinking_end(tokens[-1]))
 
     def state(self) -> dict[str, Any]:
         return {
