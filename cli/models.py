@@ -237,6 +237,6 @@ def _fact_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{format_bytes(found['kv_token_bytes'])} a token (f16){window}"),
         ("trained on", f"{found['trained_tokens']:,} tokens"),
         ("vocabulary", f"{found['vocabulary']:,} tokens"),
-        ("template", shown), ("dialect", f"{found['dialect']}: {found['dialect_why']}"),
+        ("template", shown), ("thinking", found["thinking"] or "not marked"), ("dialect", f"{found['dialect']}: {found['dialect_why']}"),
         ("paging", "yes" if found["pageable"] else f"no: {found['refused']}. Run it with --policy full"),
     ]  # fmt: skip

@@ -28,8 +28,22 @@ def facts(path: Path, marker_sets: Sequence[MarkerSet] = ()) -> dict[str, Any]:
             "layers": measured.n_layer, "heads": measured.n_head, "kv_heads": measured.n_head_kv, "head_dim": _head_dim(measured),
             "kv_token_bytes": measured.token_bytes(), "trained_tokens": measured.trained_tokens, "window_tokens": measured.n_swa,
             "vocabulary": measured.llama.n_vocab, "template": None if template is None else printable(template, 4000),
-            "dialect": dialect, "dialect_why": why, "pageable": measured.refused is None, "refused": measured.refused,
+            "thinking": thinking_text(model), "dialect": dialect, "dialect_why": why, "pageable": measured.refused is None, "refused": measured.refused,
         }  # fmt: skip
+
+
+def thinking_text(model: Model) -> str | None:
+    """How the model marks its thinking, as it stands in a reply; None if it does not."""
+    markers = model.markers
+    if not markers.thinking:
+        return None
+    if markers.channels is None:
+        opening, closing = (markers.think_open,), (markers.think_close,)
+    else:
+        c = markers.channels
+        opening, closing = (c.channel, *c.thinking, c.message), c.closing
+    ends = (b"".join(model.llama.piece(token, special=True) for token in tokens).decode("utf-8", "replace") for tokens in (opening, closing))
+    return printable(" ... ".join(ends))
 
 
 def file_quant(path: Path) -> str | None:
