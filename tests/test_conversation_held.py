@@ -137,7 +137,7 @@ def test_a_third_of_the_budget_is_left_beside_held_blocks_and_a_long_question():
     """The question is pinned by its end only, and what is open closes in time: nothing here ends a sentence."""
     with talking(budget=192, window=0) as engine:
         talk = Conversation(engine.model, engine)
-        answered(engine, talk, 4)
+        answered(engine, talk, 5)
         for block in away(engine):
             if sum(len(positions(engine, b)) for b in (*talk.pinned, block)) <= most_held_tokens(192, engine.policy):
                 talk.pin(block)

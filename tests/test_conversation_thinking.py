@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from scripted import WORD, ScriptedSampler
 from talk import BOT, CLOSE, GREEDY, OPEN, PLAIN, THINK, UNTHINK, USER, TalkModel, of, say, talking, words
 
 from zoomr_local.conversation import Conversation
 from zoomr_local.events import BlockClosed, ThinkingCut, TokenDecoded
 from zoomr_local.sampling import SamplingParams
-from zoomr_local.thinking import CLOSING, LEAST_TOKENS, ThinkingLimits
+from zoomr_local.thinking import CLOSING, LEAST_TOKENS, ThinkingLimits, automatic_budget
 
 
 def reply(limits, script, max_tokens=None, look=lambda engine, event: None, model=None):
@@ -40,6 +41,20 @@ def test_a_summary_is_closed_before_thinking_is():
     assert tokens == [*words(8), OPEN, *words(4), CLOSE, *closing(), WORD]
     block = of(BlockClosed, events)[0]
     assert block.kind == "thought" and block.summary[1] - block.summary[0] == 6
+
+
+@pytest.mark.parametrize("max_tokens", [20, 40, 60, 99, 100, 150, 400])
+def test_half_of_what_is_left_at_a_cut_is_for_the_answer_and_a_sentence_that_takes_more_is_left_out(max_tokens):
+    model = TalkModel()
+    sentence = len(model.tokenize(CLOSING))
+    budget = automatic_budget(max_tokens)
+    events, tokens = reply(ThinkingLimits(budget), [*words(budget), *words(max_tokens)], max_tokens)
+    left = max_tokens - budget
+    said = left >= 2 * sentence
+    assert tokens[budget : budget + 1 + sentence * said] == (closing(model) if said else [UNTHINK])
+    answer = len(tokens) - budget - 1 - sentence * said
+    assert events[-1].reason == "length" and events[-1].completion_tokens == max_tokens
+    assert answer == left - 1 - sentence * said and answer >= left // 2 - 1 and events[-1].content.count("w") + events[-1].content.count("end.") == answer
 
 
 def test_a_budget_of_nothing_answers_at_once():

@@ -26,6 +26,9 @@ ROOM_TOKENS = 8
 PIECE_TOKENS = 128
 """Length of the pieces into which an over-long prompt is cut, where the budget allows it."""
 
+LEAST_PIECE_TOKENS = 8
+"""No piece of a prompt is shorter than this if the prompt is not: fewer tokens are not worth a page and an index row."""
+
 CUT_TOKENS = 32
 """How long before its limit a thought is cut if a sentence ends there."""
 
@@ -117,15 +120,21 @@ class BlockGeneration(Generation):
         if start == self._pins[0][1]:
             self.splits += 1
             yield Split("prompt", start, self._piece_tokens, self.cache.budget_tokens)
-        end = self._cut(self.prompt, start, min(start + self._piece_tokens, stop))
+        end = self._piece_end(start, stop)
         yield from self._make_room(end - start, end - start)
         progress = self._decode_prompt(end - start)
-        yield from self._close("prompt", (start, end))
+        yield from self._close("prompt", (self.timeline.open_start, end))
         yield progress
 
-    def _cut(self, prompt: list[int], start: int, end: int) -> int:
+    def _piece_end(self, start: int, stop: int) -> int:
+        """Where a piece of the prompt's [start, stop) ends that begins with it: at a sentence's end in its second half if there is
+        one, and so that no crumb is left behind it."""
+        most = max(1, self._piece_tokens)
+        if stop - start <= most:
+            return stop
+        end = max(start + 1, min(start + most, stop - LEAST_PIECE_TOKENS))
         for at in range(end, start + (end - start) // 2, -1):
-            if ends_sentence(self.model.llama.piece(prompt[at - 1]).decode("utf-8", "replace")):
+            if ends_sentence(self.model.llama.piece(self.prompt[at - 1]).decode("utf-8", "replace")):
                 return at
         return end
 

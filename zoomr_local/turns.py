@@ -15,6 +15,7 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
+from .block_generation import LEAST_PIECE_TOKENS
 from .dialects import Fed
 from .errors import EngineError
 from .events import Event, Finished, Split, ThinkingCut
@@ -26,6 +27,8 @@ from .thinking import CLOSING, MOST_PERIOD, REPEATS, ThinkingLimits, hand_over, 
 from .timeline import Range
 
 THINKING = ("thought", "summary")
+LEAST_CLOSING_SHARE = 2
+"""The closing sentence is left out where it would take more than half of what a reply may still write."""
 
 
 def head_tokens(budget_tokens: int, policy: Policy) -> int:
@@ -142,6 +145,8 @@ class Turns(Generation):
             return
         reply, ended = self.reply, self.reply.stopped
         message = self.model.llama.tokenize(CLOSING, add_special=False, parse_special=False)
+        if len(message) > (self.max_tokens - reply.completion_tokens) // LEAST_CLOSING_SHARE:
+            message = []
         reply.force(hand_over(reply.dialect.markers, reply.role, message, self._after(), reply.dialect.header))
         self.thinking_cut = reason
         yield ThinkingCut(len(self.timeline), reason, reply.reasoning_tokens)
@@ -225,19 +230,27 @@ class BlockTurns(Turns, HeldBlocks):
             super().plan()
             return
         start = len(line)
-        head = min(self._pins[0][1], head_tokens(budget, self.policy))
+        beginning = self._pins[0][1]
+        head = min(beginning, head_tokens(budget, self.policy))
+        if 0 < beginning - head < LEAST_PIECE_TOKENS:
+            head = beginning - LEAST_PIECE_TOKENS
         newest = max(start - line.give_back_newest(), head)
+        newest = line.open_start if self._is_crumb(newest) else newest
         self._turn_begins()
         for first, stop in line.unpin(head):
             self._pending.extend(self._close_released((first, min(stop, newest))))
         self._pending.extend(self._close_open(newest))
         if not self.keep_thinking:
             self._forget_thinking()
-        line.pin(newest, start)
-        question = question_range(start, len(self.prompt) - start, head + 1 + self._held_tokens, budget, self.policy)
-        self._pins = [(0, head), (newest, start), question]
+        question = question_range(start, len(self.prompt) - start, head + start - newest + self._held_tokens, budget, self.policy)
+        whole = question[0] == start
+        if whole:
+            line.pin(newest, start)
+        else:  # it stays open, and goes with the first piece of the question
+            line.open_start = newest
+        self._pins = [(0, head), *([(newest, start)] if whole else []), question]
         self._share_out()
-        if question[0] > start:
+        if not whole:
             self.splits += 1
             self._pending.append(Split("prompt", start, self._piece_tokens, budget))
 
@@ -257,10 +270,16 @@ class BlockTurns(Turns, HeldBlocks):
     def _close_released(self, released: Range) -> Iterator[Event]:
         start, stop = released
         while start < stop:
-            end = self._cut(self.prompt, start, min(start + max(1, self._piece_tokens), stop))
+            end = self._piece_end(start, stop)
             with self.timeline.reopened(start):
                 yield from self._close("turn", (start, end))
             start = end
+
+    def _is_crumb(self, newest: int) -> bool:
+        """Whether what the reply left open up to ``newest`` is a rest of an answer too short for a block of its own."""
+        line = self.timeline
+        rest = bool(line.blocks) and line.blocks[-1].kind == "answer" and line.blocks[-1].stop == line.open_start
+        return rest and 0 < newest - line.open_start < LEAST_PIECE_TOKENS
 
     def _close_open(self, stop: int) -> Iterator[Event]:
         """Close what the last reply left open, up to ``stop``."""
