@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from chats import ANSWER, Terminal
-from talk import UNTHINK, words
+from talk import CLOSE, OPEN, UNTHINK, words
 
 from zoomr_cli.chat_commands import Commands
 from zoomr_cli.chat_input import LineEditor, is_open, unquoted
@@ -37,6 +37,16 @@ def test_an_answer_is_plain_and_thinking_is_folded_into_a_line(chat):
 def test_thinking_can_be_shown_or_hidden(chat):
     assert "w41" in chat.type("/think show", "hello")
     assert "thought" not in chat.type("/think hide", "hello")
+
+
+def test_thoughts_and_summaries_that_are_shown_begin_lines_of_their_own(chat):
+    one, two = [*words(3), OPEN, *words(2), CLOSE], [*words(4), OPEN, *words(3), CLOSE]
+    text = chat.type("/think show", "hello", reply=[*one, *two, *words(2), UNTHINK, *words(3)])
+    lines = text.splitlines()
+    assert lines[1:6] == [" w12 w13 w14", "summary: w12 w13", "w12 w13 w14 w15", "summary: w12 w13 w14", "w12 w13"]
+    assert lines[6].startswith("thought 14 tokens") and lines[7] == " w12 w13 w14"
+    reasoning = chat.loop.talk.turns[0].reasoning
+    assert "w14<|begin_of_summary|> w12 w13<|end_of_summary|> w12" in reasoning, "the record keeps what the model wrote"
 
 
 @pytest.fixture
