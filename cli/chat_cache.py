@@ -84,7 +84,7 @@ class CacheCommands:
         return int(rest)
 
     def _nothing(self, what: str) -> str:
-        again = self.chat.talk.again
+        again = self.chat.talk.again if self.chat.talk.turns else None
         return f"{what} yet" if again is None else f"{what}: the next message reads the conversation again ({again})"
 
     def _no_notes(self) -> str:

@@ -126,7 +126,7 @@ class ReplyView:
         self.screen, self.budget_tokens, self.thinking = screen, budget_tokens, thinking
         self._thought_tokens = self._blocks = self._zooms = self._paged_bytes = self._resident = 0
         self._began = time.monotonic()
-        self._in_thought = self._answered = False
+        self._in_thought = self._answered = self._read = False
         self._parted = False  # a marker stood between what is shown and what comes
 
     def feed(self, event: Event) -> None:
@@ -137,6 +137,7 @@ class ReplyView:
             if self.thinking == SHOW:
                 self.screen.thought(event.text)
         elif isinstance(event, PromptProgress):
+            self._read = event.done_tokens == event.total_tokens
             self.screen.status(f"reading {event.done_tokens:,}/{event.total_tokens:,} tokens")
         elif isinstance(event, BlockClosed):
             self._blocks += 1
@@ -214,7 +215,8 @@ class ReplyView:
         elif done.reason == "kv_full":
             self.screen.note("stopped: --kv-ram and --kv-disk are full")
         elif done.reason == "cancelled":
-            self.screen.note("stopped; what was written is kept" if done.completion_tokens else "stopped")
+            kept = "what was written is kept" if done.completion_tokens else "there is no answer yet"
+            self.screen.note(f"stopped; {kept if self._read else 'the message was not read to its end and is not part of the conversation'}")
         if not done.content.strip() and done.reason != "cancelled":
             self.screen.say("the model gave no answer" + (f" ({done.reasoning_tokens:,} tokens of thinking)" if done.reasoning_tokens else ""))
 

@@ -53,3 +53,11 @@ def chat(tmp_path):
 
     with talking(budget=192) as engine:
         yield Chat(engine, tmp_path)
+
+
+@pytest.fixture
+def foreground():
+    """A shell's background jobs ignore SIGINT, and so may the tests' own process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

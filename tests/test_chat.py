@@ -49,14 +49,6 @@ def test_thoughts_and_summaries_that_are_shown_begin_lines_of_their_own(chat):
     assert "w14<|begin_of_summary|> w12 w13<|end_of_summary|> w12" in reasoning, "the record keeps what the model wrote"
 
 
-@pytest.fixture
-def foreground():
-    """A shell's background jobs ignore SIGINT, and so may the tests' own process."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_stops_the_reply_and_keeps_it(chat, monkeypatch, foreground):
     feed = ReplyView.feed
 

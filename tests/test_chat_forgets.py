@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from chats import ANSWER, Chat
-from talk import NO_LIMITS, UNTHINK, OPEN, CLOSE, GREEDY, say, spoken, talking, thoughts, words
+from talk import GREEDY, NO_LIMITS, UNTHINK, say, talking, thoughts, words
 
+from zoomr_cli.chat_view import ReplyView
 from zoomr_local.cache_view import cache_state
 from zoomr_local.conversation import Conversation
 from zoomr_local.errors import EngineError, SessionError
-from zoomr_local.events import PrefilledAgain
+from zoomr_local.events import PrefilledAgain, PromptProgress
 
 LONG = ["hello " * 30] * 5
 LOOKS = {"/kv": "nothing is in the cache", "/notes": "there are no summaries", "/zoom 0": "there are no blocks", "/pin 0": "there are no blocks"}
@@ -111,6 +114,24 @@ def test_a_reply_that_broke_off_is_not_in_the_cache_and_what_was_said_before_is_
     assert saved(chat, "mine")["pages"] == [] and [t["user"] for t in saved(chat, "mine")["note"]["conversation"]["turns"]] == ["one"]
 
 
+def test_a_message_that_is_stopped_while_it_is_read_is_no_turn_and_that_is_said(chat, monkeypatch, foreground):
+    feed = ReplyView.feed
+
+    def interrupt(view, event):
+        feed(view, event)
+        if isinstance(event, PromptProgress) and event.total_tokens > 300:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ReplyView, "feed", interrupt)
+    text = chat.type("hello " * 400)
+    assert "stopped; the message was not read to its end and is not part of the conversation" in text and not chat.loop.talk.turns
+    empty(chat, "yet")
+    assert "reading all" not in chat.type("one") and "not read to its end" in chat.type("hello " * 400)
+    empty(chat, "the last question was not read to its end")
+    monkeypatch.undo()
+    assert "reading all" in chat.type("two") and [t.user for t in chat.loop.talk.turns] == ["one", "two"]
+
+
 def test_a_reply_that_nobody_waits_for_takes_nothing_from_the_next_one(chat):
     """Python's events of a turn may be dropped at any time, also after another turn has begun."""
     from scripted import ScriptedSampler
@@ -165,4 +186,3 @@ def test_another_model_leaves_nothing_in_the_engine_of_the_one_before(chat):
         chat.loop.talk.change_model(other.model, other)
         assert before.generation is None and not before.context.cells and not before.store.keys()
         assert "reads the conversation again (the model was changed)" in chat.type("/kv") and cache_state(other) is None
-        assert OPEN and CLOSE and spoken([UNTHINK])

@@ -191,7 +191,7 @@ class Conversation:
         found = self.engine.generation
         if self.engine.policy.unit != "block":
             raise UsageError(f"policy {self.engine.policy.name} has no blocks that could be zoomed or pinned")
-        if not self._in_cache and self.again is not None:
+        if not self._in_cache and self.again is not None and self.turns:
             raise UsageError(f"the next message reads the conversation again ({self.again}), and blocks are numbered anew then")
         if not self._in_cache or not isinstance(found, BlockTurns):
             raise UsageError("nothing is in the cache yet")
