@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 INTERRUPTED = 130
 _COMPLETE = "_ZOOMR_COMPLETE"  # set by the shells' completion scripts
@@ -20,6 +21,7 @@ def run() -> int:
         signal.signal(signal.SIGINT, _leave)
     if _COMPLETE in os.environ:
         os.environ["COLUMNS"] = _NO_WRAPPING  # a help text in two lines would be two completions
+    open_streams()
     from .main import main
 
     try:
@@ -27,6 +29,15 @@ def run() -> int:
         return main()
     except KeyboardInterrupt:  # a second one, while the first was being said
         return INTERRUPTED
+
+
+def open_streams() -> None:
+    """Where a stream is closed there is one that nobody reads, or an empty one; what an encoding cannot write is written as an escape."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    sys.stdout, sys.stderr = (open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr))
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _leave(number: int, frame: object) -> None:

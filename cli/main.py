@@ -67,7 +67,21 @@ def zoomr(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; default: the process's own) and return its exit code."""
     debug = bool(os.environ.get("ZOOMR_DEBUG"))
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv), debug)
+        sys.stdout.flush()  # here, as an error while Python ends could only be a traceback
+        return code
+    except BrokenPipeError:
+        # Whoever read us (head, a pager) has gone: nothing is wrong, and nobody is left to tell.
+        _leave_broken_pipes()
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", 1)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         # `obj` reaches the commands as their context's: `solve` prints the line that goes on after an interruption.
         return app(args=arguments, prog_name="zoomr", standalone_mode=False, obj=arguments) or 0
@@ -81,14 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(message + where, error.exit_code) if message else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read us (head, a pager) has gone: nothing is wrong, and nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if debug:
-            raise
-        return _fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", 1)
+
+
+def _leave_broken_pipes() -> None:
+    """Send what is still to be written to nobody, where nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(message: str, code: int) -> int:

@@ -46,6 +46,8 @@ class Source:
 
     def _bytes(self) -> bytes:
         if self.name == STDIO:
+            if sys.stdin.isatty():
+                print("problems are read from the terminal; Ctrl-D ends them", file=sys.stderr)
             return sys.stdin.buffer.read()
         try:
             return Path(self.name).read_bytes()

@@ -97,6 +97,9 @@ def run(name: str, *more: str) -> int:
 
 
 if __name__ == "__main__":
+    from zoomr_cli.__main__ import open_streams
+
+    open_streams()
     with cheap(Path(sys.argv[1])):
         for name in [*COMMANDS, *PAGES]:
             print(f"\x1e{name}", flush=True)

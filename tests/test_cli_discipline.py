@@ -104,3 +104,36 @@ def test_without_it_there_are_some(tmp_path):
     """So that the other test can fail."""
     coloured = {name for name, text in on_a_terminal(tmp_path).items() if COLOUR.search(text)}
     assert "doctor" in coloured and coloured & {"solve", "demo", "eval", "chat"}
+
+
+# ---------------------------------------------------------------- other places to write to
+
+
+def test_no_command_needs_more_than_ascii(tmp_path):
+    """What an encoding cannot write comes as an escape, also where a terminal draws with lines and dots."""
+    written = on_a_terminal(tmp_path, PYTHONIOENCODING="ascii")
+    assert all(text.isascii() and "Traceback" not in text for text in written.values())
+
+
+def program(folder: Path, *words: str, **more) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "zoomr_cli", *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.parametrize("words", [["policies"], ["problems", "dag", "-n", "2"], ["config", "show"], ["models", "ls"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_gone_and_a_closed_stdout_are_no_traceback(tmp_path, words):
+    read, write = os.pipe()
+    os.close(read)
+    gone = program(tmp_path, *words, stdout=write)
+    os.close(write)
+    closed = program(tmp_path, *words, preexec_fn=lambda: os.close(1))
+    assert [process.communicate()[1] for process in (gone, closed)] == ["", ""]
+    assert (gone.returncode, closed.returncode) == (1, 0)
+
+
+def test_a_look_ahead_at_other_letters_under_ascii_is_no_traceback(tmp_path):
+    (tmp_path / "in.csv").write_text("question,answer\nWie groß ist ½ + ½?,1\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "zoomr_cli", "solve", "in.csv", "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Wie gro\\xdf ist \\xbd + \\xbd?" in done.stdout and done.stderr == ""
