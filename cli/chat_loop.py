@@ -45,7 +45,7 @@ class ChatLoop:
         self.talk, self.store, self.screen = talk, store, screen
         self.sampling, self.max_tokens, self.think_budget, self.thinking = sampling, max_tokens, think_budget, thinking
         self.name = name
-        self.places: set[Path] = set()  # where this conversation is saved, so that another save there loses nothing
+        self.places: dict[Path, Any] = {}  # where this conversation is saved, and which save is its own, so that another one loses nothing
         self.asked = False  # whether it was asked by name that this conversation be kept
         self.rescue = "/export FILE writes its text, /save NAME tries another place"  # what can be done where nothing could be saved
         self.last: Finished | None = None
@@ -206,7 +206,10 @@ class ChatLoop:
         saved there before whole, if nothing could.
         """
         self.store.make()
-        failed = None
+        own, failed = place.resolve() in self.places, None
+        there = self.store.version(place)
+        if there is not None and there != self.places.get(place.resolve()) and (own or place != self.store.path(LAST)):
+            raise SessionError(f"{place} holds what another chat has saved there meanwhile, which is left as it is")
         try:
             saved = self.talk.save(place, self.note())
             self._told.discard(TEXT)
@@ -219,7 +222,7 @@ class ChatLoop:
             except (SessionError, OSError):
                 raise error from None
             self._tell_once(TEXT, f"warning: the text alone is saved in {place}, and the next start reads it again: {error}")
-        self.places.add(place.resolve())
+        self.places[place.resolve()] = self.store.version(place)
         return saved, failed
 
     def _tell_once(self, what: str, text: str) -> None:
@@ -239,6 +242,9 @@ class ChatLoop:
         except OSError as error:
             raise SessionError(f"cannot save in {place}: {error.strerror}; /export FILE writes the text") from None
         self._save_failed = failed is not None
+        if self._failed == NOTHING:  # where it was to be saved it cannot be, so it is saved here from now on
+            self.name = name
+        self._failed = failed
         return saved
 
     def clear(self) -> str | None:
@@ -246,7 +252,7 @@ class ChatLoop:
         name = self.name
         saved = name is not None and self.store.path(name).resolve() in self.places and self.store.holds(name)
         self.talk.clear()
-        self.places, self.last = set(), None
+        self.places, self.last = {}, None
         if not saved:
             return None
         self.name, self.asked = LAST, False
@@ -255,11 +261,12 @@ class ChatLoop:
     def load(self, name: str, tell: Callable[[str], None]) -> None:
         """Take up the conversation ``name`` and ``tell`` where it stands. Raises SessionError."""
         place = self.store.path(name)
+        there = self.store.version(place)
         try:
             self.talk.load(place)
         except SessionError as error:
             raise load_error(name, error) from None
-        self.places, self.last, self._failed = {place.resolve()}, None, None
+        self.places, self.last, self._failed = {place.resolve(): there}, None, None
         self.name = name if self.name is not None else None
         turns = self.talk.turns
         last = " ".join(visible(turns[-1].user).split())[:60] if turns else "-"

@@ -52,6 +52,14 @@ class ChatStore:
         """Whether a conversation is saved under ``name``. Raises UsageError."""
         return (self.path(name) / "session.json").exists()
 
+    def version(self, place: Path) -> tuple[int, int] | None:
+        """What changes with every save in ``place``; None if nothing is saved there."""
+        try:
+            found = (place / "session.json").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def names(self) -> list[str]:
         """The conversations there are, the newest first."""
         found = [path for path in (self.base / "chats").glob("*/session.json")]

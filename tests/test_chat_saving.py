@@ -6,7 +6,8 @@ import json
 import os
 
 import pytest
-from chats import ANSWER
+from chats import ANSWER, Chat
+from talk import talking
 from test_chat_pipe import piped as piped  # the fixture
 
 from zoomr_cli.chat_loop import NOTHING, TEXT
@@ -65,6 +66,30 @@ def test_a_cleared_conversation_is_not_saved_anywhere_until_something_is_said(ch
     assert "until your next message takes its place, /load last brings it back" in text
     assert told(chat, "last") == ["one"] and note(chat.loop.store, "last")["system"] is None
     assert "holds another conversation" in chat.type("two", "/save kept", "/clear", "three", "/save kept")
+
+
+def test_what_another_chat_has_saved_meanwhile_is_left_and_that_is_said(chat, tmp_path):
+    with talking(budget=192) as engine:
+        other = Chat(engine, tmp_path)
+        chat.loop.name = other.loop.name = "last"
+        chat.type("one")
+        other.type("two")
+        assert told(chat, "last") == ["two"], "a new conversation takes the place of `last`"
+        text = chat.type("three", "four")
+        assert text.count("holds what another chat has saved there meanwhile, which is left as it is; /export FILE") == 1
+        assert "what was said last is kept nowhere" in text and told(chat, "last") == ["two"]
+        other.type("five")
+        assert told(chat, "last") == ["two", "five"]
+        assert "saved: " in chat.type("/save mine") and told(chat, "mine") == ["one", "three", "four"]
+        chat.type("more")
+        assert told(chat, "mine")[-1] == "more", "where it could be saved at last it goes on being saved"
+        chat.loop.name = other.loop.name = "same"
+        other.type("six")
+        assert "has saved there meanwhile" in chat.type("seven") and told(chat, "same") == ["two", "five", "six"]
+        other.type("/load mine", "eight")
+        assert "has saved there meanwhile" in chat.type("/save mine"), "two that go on with one do not lose each other's turns"
+    (chat.loop.store.path("mine") / "session.json").unlink()
+    assert "saved: " in chat.type("/save mine"), "what was deleted is saved again"
 
 
 # ---------------------------------------------------------------- when
