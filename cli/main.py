@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("ZOOMR_DEBUG"))
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv), debug)
-        sys.stdout.flush()  # here, as an error while Python ends could only be a traceback
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, as an error while Python ends could only be a traceback
         return code
     except BrokenPipeError:
         # Whoever read us (head, a pager) has gone: nothing is wrong, and nobody is left to tell.
