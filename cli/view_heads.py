@@ -63,10 +63,13 @@ def budget_at(heads: dict[str, Any], layer: int, tokens: int) -> list[int]:
 
 
 def scale_of(heads: dict[str, Any], shades: str) -> Scale:
-    """From the least to the most that a head kept at a selection or might have; of a text without a selection, its layers' cells."""
+    """From the least to the most that a head kept at a selection or might have; of a text without a selection, its layers' cells.
+
+    It spans a fifth of the most at least, so that next to equal numbers look so.
+    """
     rows = [row[1:] for of in (heads["held"], heads["budgets"]) for layer in of for row in layer]
     every = [n for row in rows for n in row] or heads["layer_cells"]
-    return Scale(min(every), max(every), shades)
+    return Scale(min(min(every), max(every) * 4 // 5), max(every), shades)
 
 
 def row_legend(width: int, glyphs: Glyphs) -> str:

@@ -19,6 +19,7 @@ function heatScale(heads) {
   let low = Infinity, high = 0;
   for (const of of [heads.held, heads.budgets]) for (const layer of of) for (const row of layer) for (let i = 1; i < row.length; i++) { low = Math.min(low, row[i]); high = Math.max(high, row[i]); }
   if (low === Infinity) { low = Math.min(...heads.layer_cells); high = Math.max(...heads.layer_cells); }
+  low = Math.min(low, Math.floor((high * 4) / 5)); // next to equal numbers shall look so
   return { low, high, level: (v) => (v < low ? 0 : high === low ? STEPS : Math.min(STEPS, 1 + Math.floor(((v - low) * STEPS) / (high - low)))) };
 }
 // [from, to, level] of one row: what stayed at each selection, until the next; before the first one everything there is.
@@ -114,7 +115,7 @@ function heatSection(problem) {
   const inside = make("div", { class: "scroll" }), details = make("details", null, make("summary", null, "The same as numbers, at the place of the cursor"), inside);
   state.show = () => {
     const at = shown.at, row = state.row || { layer: 0, head: null }, held = heldAt(heads, row.layer, at), budgets = budgetsAt(heads, row.layer, at);
-    const one = row.head === null ? `${n(mean(held))} tokens in each KV head on average` : `${n(held[row.head])} tokens` + (budgets ? `, ${n(budgets[row.head])} of them kept at a selection at most` : "");
+    const one = row.head === null ? `${n(mean(held))} tokens in each KV head on average` : `${n(held[row.head])} tokens` + (budgets ? `; at a selection it may keep ${n(budgets[row.head])}` : "");
     readout.textContent = `After ${n(at)} tokens, ${rowText(row)}: ${one}. Cells of the layer: ${n(heads.layer_cells[row.layer])} a head` + (heads.shared ? " on average; they share them." : ".");
     layers.follow(state.row);
     if (each) each.follow(state.row);
@@ -130,7 +131,7 @@ function heatSection(problem) {
     parts.push(make("h3", null, "KV heads: ", heads.budgets.some((rows) => rows.length) ? choice : "tokens kept"), each.node);
   }
   const back = heads.recalls ? ` and ${n(heads.recalled_cells)} filled again from storage` : "";
-  return make("section", { "aria-label": "Layers and heads" }, make("h2", null, "What each layer and head kept"),
+  return make("section", { id: "heads", "aria-label": "Layers and heads" }, make("h2", null, "What each layer and head kept"),
     make("p", { class: "muted" }, `When a layer is full, tokens leave it: ${plural(heads.selections, "selection")} freed ${plural(heads.freed_cells, "cell")} of single heads${back}. A shade is what stayed at the last selection; until the next one a head gains a token with every token of the text, which the numbers below the maps include. Filling: everything is kept so far. Layers and heads count from 0. Point at a map, or press Tab and the arrow keys.`),
     heatLegend(scale), ...parts, readout, details);
 }

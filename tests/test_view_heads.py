@@ -94,6 +94,13 @@ def test_shades_and_their_legend_mean_the_same():
         assert scale.shade(low - 1) == " "
 
 
+def test_next_to_equal_numbers_look_so():
+    held = [[[50, 383, 384]], [[50, 384, 384]]]
+    scale = view_heads.scale_of(heads_of(2, 2, held, cells=400), view_heads.SHADES)
+    assert (scale.low, scale.high, scale.shade(383)) == (307, 384, scale.shade(384))
+    assert view_heads.scale_of(heads_of(1, 1, [[[9, 2], [12, 9]]]), view_heads.SHADES).low == 2
+
+
 def test_many_layers_and_heads_are_grouped_and_that_is_said():
     def drawn(layers, kv_heads):
         held = [[[50, *(layer + head for head in range(kv_heads))]] for layer in range(layers)]
@@ -218,7 +225,7 @@ def test_pointing_at_a_head_says_its_tokens_and_its_budget(made, shown):
     assert abs(at - 0.7 * drawn["tokens"]) < 3
     said = shown.run("[...document.querySelectorAll('.readout')].at(-1).textContent")
     budget = last_row(heads["budgets"][2], at)[2]
-    assert said.startswith(f"After {at} tokens, layer 2, head 1: {held_at(heads, 2, at)[1]} tokens, {budget} of them kept at a selection at most.")
+    assert said.startswith(f"After {at} tokens, layer 2, head 1: {held_at(heads, 2, at)[1]} tokens; at a selection it may keep {budget}.")
     assert shown.run("[...document.querySelectorAll('.map .mark')].map(m => m.hidden)") == [True, False]
     shown.run("document.querySelectorAll('.map .area')[1].focus()")
     shown.press("ArrowUp")
