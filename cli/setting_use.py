@@ -13,7 +13,7 @@ Get = Callable[[str], Any]
 """The value of a setting by its name: as typed, else as set, else the default; None where the command has no such flag."""
 
 KEYS = frozenset({
-    "vote-by", "checkpoint-every", "stop", "pin-prompt", "think-budget", "kv-type", "kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk",
+    "vote-by", "checkpoint-every", "stop", "pin-prompt", "dense-layers", "think-budget", "kv-type", "kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk",
 })  # fmt: skip
 _TIERS = ("kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk")
 
@@ -35,6 +35,10 @@ def unused(keys: Collection[str], get: Get) -> dict[str, str]:
         found["pin-prompt"] = ""
     elif _is_one_policy(get("policy")):
         found |= dict.fromkeys(_TIERS, "") | dict.fromkeys(("think-budget", "kv-type"), f"policy {get('policy')} has no use for it")
+    if not _any_policy(get("policy"), lambda kind: kind.unit == "head" and kind.recalls):
+        found["dense-layers"] = ""
+    else:
+        found.pop("kv-ram", None)
     if get("kv-type") not in (None, "f16") and "kv-type" not in found:
         found["kv-page-type"] = f"pages of a {get('kv-type')} cache are {get('kv-type')}"
     return {key: why for key, why in found.items() if key in keys}

@@ -17,6 +17,7 @@ PREFERENCES = """
 vote-by = "agreement"
 checkpoint-every = 5
 pin-prompt = "off"
+dense-layers = 1
 kv-page-type = "q8_0"
 kv-ram = "64MiB"
 kv-disk = "64MiB"
@@ -45,12 +46,13 @@ def solve(*more: str) -> int:
     return main(["solve", "in.jsonl", "-o", "out.jsonl", *more])
 
 
-@pytest.mark.parametrize("policy", ["zoomr", "full", "recency", "snapkv"])
+@pytest.mark.parametrize("policy", ["zoomr", "full", "recency", "snapkv", "clusterkv"])
 def test_what_stands_in_a_file_refuses_no_plain_run(engine, capsys, policy):
     assert solve("--policy", policy) == 0
     assert capsys.readouterr().err.count("note:") == 0
-    assert engine.config.pin_prompt == (policy != "snapkv")
-    assert engine.config.on_full == ("drop" if policy == "snapkv" else "stop")
+    heads = policy in ("snapkv", "clusterkv")
+    assert engine.config.pin_prompt != heads and engine.config.on_full == ("drop" if heads else "stop")
+    assert engine.config.dense_layers == (policy == "clusterkv") and (engine.config.kv_ram == 64 << 20) == (policy != "snapkv")
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -83,8 +85,8 @@ def test_what_would_have_changed_something_is_said_with_its_place(engine, capsys
     place = f"{Path.cwd()}/config.toml, line "
     assert notes == {
         f"note: vote-by is not used here: policy snapkv counts no votes of heads ({place}2 sets it)",
-        f"note: stop is not used here: it could cut what --schema asks for ({place}11 sets it)",
-        f"note: think-budget is not used here: policy snapkv has no use for it ({place}12 sets it)",
+        f"note: stop is not used here: it could cut what --schema asks for ({place}12 sets it)",
+        f"note: think-budget is not used here: policy snapkv has no use for it ({place}13 sets it)",
         "note: kv-type is not used here: policy snapkv has no use for it (ZOOMR_KV_TYPE sets it)",
     }
     assert engine.config.kv_type == "f16" and engine.samplings[0].stop == ()
@@ -95,4 +97,4 @@ def test_what_would_have_changed_something_is_said_with_its_place(engine, capsys
 def test_every_key_that_is_looked_at_is_a_setting():
     known = {key for keys in registry(typer.main.get_command(app)).values() for key in keys}
     assert KEYS <= known
-    assert set(unused(KEYS, lambda key: None)) == {"vote-by", "checkpoint-every", "pin-prompt"}
+    assert set(unused(KEYS, lambda key: None)) == {"vote-by", "checkpoint-every", "pin-prompt", "dense-layers"}
