@@ -22,6 +22,7 @@ FORMAT = 1
 HEADER = "trace"
 """The ``event`` of a run's first line."""
 
+_MOST_SETTINGS_CHARACTERS = 1 << 18  # they stand in the picture of each problem; the longest of ours is a grammar
 _READ_BYTES = 1 << 30  # of a file that claims to be a trace: far more than anybody records, less than what kills the reader
 
 
@@ -122,7 +123,7 @@ def read_trace(path: Path) -> TraceContent:
             raise UsageError(f"{path} line {number} is not a line of a trace; give a file that --trace has written")
         if line["event"] == HEADER:
             _check_version(path, line)
-            header, runs = line, runs + 1
+            header, runs = {**line, "settings": _settings(line.get("settings"))}, runs + 1
         elif header is None:
             raise UsageError(f"{path} does not begin like a trace; give a file that --trace has written")
         elif line["event"] == "problem":
@@ -132,6 +133,15 @@ def read_trace(path: Path) -> TraceContent:
     if header is None:
         raise UsageError(f"{path} holds no trace; give a file that --trace has written")
     return TraceContent(runs, problems, len(torn))
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """A run's settings, checked once for all its problems; none of what no run of ours has written."""
+    try:  # no browser reads the infinities that Python does
+        text = json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and len(text) <= _MOST_SETTINGS_CHARACTERS else {}
 
 
 def _problem_id(path: Path, number: int, line: dict[str, Any]) -> str | int:

@@ -12,7 +12,8 @@ held (`trace_held.HeldReader`), None under other policies.
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 from .trace_file import Recorded
@@ -52,6 +53,7 @@ class _Block:
                 self.changes[part].append((self.closed, RAM))
         self.zooms = self.page_outs = self.chosen = 0
         self.votes = 0.0
+        self.dropped = False
 
     def states(self, part: str, choices: list[tuple[int, bool]], end: int) -> list[list[Any]]:
         """The stretches of ``part`` up to ``end``; ``choices`` say from when to when it was chosen."""
@@ -162,7 +164,8 @@ class _Reader:
         position = self._position(line)
         for number in line.get("forgotten", ()):
             block = self.blocks.get(number)
-            if block is not None and not any(state == DROPPED for _, state in block.changes["detail"]):
+            if block is not None and not block.dropped:
+                block.dropped = True
                 for part in PARTS:
                     block.changes[part].append((position, DROPPED))
         if "forgotten" not in line and self.loose_from is None:
@@ -250,7 +253,7 @@ def picture(problem: Recorded) -> dict[str, Any]:
     return {
         "id": str(problem.id), "run": problem.run, "model": _words(header, "model"), "policy": _words(header, "policy"),
         "budget_tokens": header["budget_tokens"] if _is_count(header.get("budget_tokens")) else None,
-        "zoomr": _words(header, "zoomr"), "settings": _settings(header.get("settings")),
+        "zoomr": _words(header, "zoomr"), "settings": header.get("settings", {}),
         "tokens": reader.end, "prompt_tokens": reader.prompt_tokens, "finished": reader.finished, "result": reader.result,
         "rows": rows, "zooms": sum(row["zooms"] for row in rows), "cells": reader.cells, "votes": reader.votes,
         "heads": reader.held.found, "turns": reader.turns, "notes": reader.notes, "dropped_tokens": reader.dropped_tokens, "skipped_lines": reader.skipped,
@@ -281,10 +284,23 @@ def _rows(reader: _Reader) -> list[dict[str, Any]]:
             "zooms": block.zooms, "page_outs": block.page_outs, "chosen": block.chosen, "votes": round(block.votes, 1),
             "pinned": False,
         })  # fmt: skip
-    covered = [(row["detail"][0], (row["summary"] or row["detail"])[1]) for row in rows]
-    for text in _paired([t for t in reader.texts if not any(a <= t["range"][0] and t["range"][1] <= b for a, b in covered)]):
+    covered = _Covered([(row["detail"][0], (row["summary"] or row["detail"])[1]) for row in rows])
+    for text in _paired([t for t in reader.texts if not covered.holds(*t["range"])]):
         rows.append(_loose_row(reader, text))
     return sorted(rows, key=lambda row: row["detail"][0])
+
+
+class _Covered:
+    """Ranges of positions; says whether one of them holds another range, without looking at all of them."""
+
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+        ranges = sorted(ranges)
+        self._starts = [start for start, _ in ranges]
+        self._furthest = list(accumulate((stop for _, stop in ranges), max))
+
+    def holds(self, start: int, stop: int) -> bool:
+        begun = bisect_right(self._starts, start)
+        return begun > 0 and stop <= self._furthest[begun - 1]
 
 
 def _paired(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -338,14 +354,6 @@ def _span(value: Any) -> list[int]:
     if start >= stop:
         raise _Bad
     return [start, stop]
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    try:  # no browser reads the infinities that Python does
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _count(line: dict[str, Any], name: str) -> int:
