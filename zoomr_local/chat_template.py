@@ -6,7 +6,7 @@ A template comes from a stranger's file and is a program, so it runs in Jinja's 
 from __future__ import annotations
 
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Mapping, NoReturn, Sequence
 
 import jinja2
@@ -28,14 +28,18 @@ class _GenerationTag(Extension):
 
 def render(source: str, messages: Sequence[Mapping[str, str]], **more: Any) -> str:
     """The text of ``messages``, open for a reply. Raises whatever the template raises, which can be any exception."""
-    return _environment().from_string(source).render(messages=list(messages), add_generation_prompt=True, **more)
+    return _compiled(source).render(messages=list(messages), add_generation_prompt=True, **more)
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
 
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag], cache_size=0,
-    )  # fmt: skip
+    extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     made.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
     return made
 

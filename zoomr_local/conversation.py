@@ -340,8 +340,8 @@ def following_text(model: Model, messages: list[dict[str, str]]) -> str | None:
 
     ``messages`` end with an answer and that question. None if the template does not go on from its own text: if it
     writes what comes before the answer differently now that there is another turn, or does not write the answer once.
-    The beginning of a reply may differ (templates open thinking in the newest turn and leave it out of older ones), and
-    so may white space in front of it.
+    The beginning of a reply may differ (templates open thinking in the newest turn, and leave it out of older ones or write its
+    end alone), and so may white space in front of it.
     """
     answer = {"role": "assistant", "content": MARK}
     try:
@@ -352,8 +352,17 @@ def following_text(model: Model, messages: list[dict[str, str]]) -> str | None:
     if marked.count(MARK) != 1:
         return None
     before, after = marked.split(MARK)
-    goes_on = before_it.startswith(before.rstrip()) or before.startswith(before_it.rstrip())
-    return after if goes_on else None
+    one, other = without_thinking_marks(model, before), without_thinking_marks(model, before_it)
+    return after if one.startswith(other) or other.startswith(one) else None
+
+
+def without_thinking_marks(model: Model, text: str) -> str:
+    """``text`` without the white space and the thinking markers that it ends in."""
+    ids = (model.markers.think_open, model.markers.think_close)
+    marks = [model.llama.piece(i, special=True).decode("utf-8", "replace") for i in ids if i is not None]
+    while (rest := next((text.rstrip().removesuffix(mark) for mark in marks if mark and text.rstrip().endswith(mark)), None)) is not None:
+        text = rest
+    return text.rstrip()
 
 
 def common_tokens(one: Any, other: Any) -> int:

@@ -6,6 +6,7 @@ answered here into the reply; the command line makes the limits. Counts are toke
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -101,4 +102,4 @@ def hand_over(
 def text_after(template: str | None, close: str = THINK_CLOSE) -> str:
     """What a chat template (Jinja source) writes between the end of thinking, which is ``close``, and the answer."""
     written = (template or "").replace("\\n", "\n")
-    return "\n\n" if f"{close}\n\n" in written else ""
+    return "\n\n" if re.search(re.escape(close) + r"""(?:['"]\s*[~+]\s*['"])?\n\n""", written) else ""
