@@ -60,8 +60,9 @@ class CacheCommands:
     def do_pin(self, rest: str) -> None:
         """/pin [ID]: keep a block in the cache until /unpin ID, whatever the heads choose; without ID, list those."""
         if not rest:
-            pinned = self.chat.talk.pinned
-            self._say(f"pinned: {', '.join(map(str, pinned))}" if pinned else "no block is pinned")
+            pinned, again = self.chat.talk.pinned, self.chat.talk.again
+            until = "" if again is None else f", until your next message reads the conversation again ({again})"
+            self._say(f"pinned: {', '.join(map(str, pinned))}{until}" if pinned else "no block is pinned")
             return
         number = self._number(rest, "/pin ID")
         self._moved(number, self.chat.talk.pin(number), f"it stays until /unpin {number}")

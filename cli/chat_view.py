@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from zoomr_local.cache_view import CELLS, DISK, DROPPED, CacheRow, CacheState
@@ -28,6 +29,7 @@ from .render import human_bytes, human_seconds
 FOLD, SHOW, HIDE = "fold", "show", "hide"
 _DRAW_SECONDS = 0.1
 _MOST_ROWS = 40
+_NARROW, _LEAST_LABEL = 72, 6  # columns: below, a row of /kv has fewer of them; and what is worth a label
 _CUTS = {
     "budget": "it reached --think-budget", "loop": "it repeated itself", "asked": "you asked for the answer",
     "ended": "the model stopped without an answer",
@@ -231,7 +233,7 @@ def kv_lines(state: CacheState, label: Callable[[CacheRow], str], width: int, ev
     hidden = 0 if everything else max(0, len(rows) - _MOST_ROWS)
     if hidden:
         lines.append(Text(f"  ... {hidden} older rows; /kv all shows them", "dim"))
-    lines.append(Text(f"{'block':>6} {'from':>7} {'tokens':>10}  {'where':<16} what", "dim"))
+    lines.append(Text(f"{'block':>5} {'tokens':>7}  where, what" if width < _NARROW else f"{'block':>6} {'from':>7} {'tokens':>10}  {'where':<16} what", "dim"))
     for row in rows[hidden:]:
         lines.append(_row(row, label(row), width))
     return lines
@@ -279,11 +281,12 @@ def _row(row: CacheRow, label: str, width: int) -> Text:
     if row.summary_where is not None and row.summary_where != row.where:
         where += f", sum. {row.summary_where}"
     mark = "P" if row.pinned else "^" if row.zoomed else " "
-    head = f"{number:>6} {row.start:>7} {tokens:>10} {mark}{where:<16} "
-    room = max(10, width - len(head) - len(row.kind) - 2)
+    head = f"{number:>5} {tokens:>7} {mark}{where}  " if width < _NARROW else f"{number:>6} {row.start:>7} {tokens:>10} {mark}{where:<16} "
+    room = width - len(head) - len(row.kind) - 2
     label = " ".join(visible(label).split())
     styles = {DROPPED: "dim", CELLS: "bold yellow" if row.zoomed else "", DISK: "dim cyan"}
-    label = label if len(label) <= room else label[: room - 2] + ".."
+    if cell_len(label) > room:
+        label = set_cell_size(label, room - 2).rstrip() + ".." if room >= _LEAST_LABEL else ""
     return Text(f"{head}{row.kind}  {label}".rstrip(), styles.get(row.where, "cyan"))
 
 

@@ -24,6 +24,19 @@ def test_kv_draws_every_block_and_the_budget(chat):
     assert any(" ram" in row for row in rows) and any(" dropped" in row for row in rows) and any(" cells" in row for row in rows)
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+def test_rows_fit_a_narrow_terminal_also_where_characters_are_two_columns_wide(columns, chat, monkeypatch):
+    from rich.cells import cell_len
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(type(chat.loop.engine.model), "piece", lambda model, token, special=False: "語".encode())
+    text = chat.type(*["hello " * 30] * 4, "/kv all")
+    rows = [line for line in text.splitlines() if line[:6].strip().isdigit()]
+    assert len(rows) > 8 and all(cell_len(row) <= columns for row in rows), rows
+    assert sum(columns - 3 < cell_len(row) for row in rows if row.endswith("語..")) >= (3 if columns == 40 else 1)
+    assert ("dropped  thought" in text) == (columns == 40), "no columns are kept free where there are few"
+
+
 def test_kv_marks_what_the_heads_voted_in(tmp_path):
     with talking(budget=192, zoomed_blocks=1, votes_per_head=1, window=0) as engine:
         chat = Chat(engine, tmp_path)
@@ -134,7 +147,9 @@ def test_a_pin_is_saved_at_once(chat, monkeypatch):
 def test_pins_that_are_gone_are_said(chat):
     chat.type(*["hello " * 30] * 6)
     n = first(chat, "ram").number
-    assert f"warning: the pin of block {n} is gone" in chat.type(f"/pin {n}", "/undo", "hello")
+    text = chat.type(f"/pin {n}", "/undo", "/pin", "hello")
+    assert f"pinned: {n}, until your next message reads the conversation again (a turn was taken back)" in text
+    assert f"warning: the pin of block {n} is gone" in text
     assert "no block is pinned" in chat.type("/pin")
     n = first(chat, "cells").number
     assert "no block is pinned" in chat.type(f"/pin {n}", "/clear", "/pin") and "the pin" not in chat.type("hello")
