@@ -17,7 +17,7 @@ from talk import GREEDY, of, say, talking, words
 
 from zoomr_local.conversation import Conversation
 from zoomr_local.dialects import ExtractiveDialect, LearnedDialect, Markers, Phrases, PromptedDialect, Summaries
-from zoomr_local.events import ThinkingCut, TokenDecoded
+from zoomr_local.events import BlockClosed, ThinkingCut, TokenDecoded, TokenInjected
 from zoomr_local.libllama import LlamaSampler
 from zoomr_local.reply import Reply
 from zoomr_local.sampling import SamplingParams
@@ -193,6 +193,21 @@ def test_texts_have_no_markers(policy, summaries):
     assert done.reasoning.startswith(" w12 w13") and not any(mark in done.reasoning for mark in ("<|", "analysis", "final", "assistant"))
     shown = "".join(e.text for e in of(TokenDecoded, events) if e.role == "answer")
     assert shown == done.content and all(e.text == "" for e in of(TokenDecoded, events) if e.role == "marker")
+
+
+@pytest.mark.parametrize("into", range(4))
+def test_thinking_that_ends_in_a_prompted_summary_closes_it(into):
+    """The model ends its message while the runtime's summary is open; what is written of it stays reasoning."""
+    text = [*words(40), *words(into), *CLOSING, W, V, RETURN]
+    events, tokens = reply([*THINK, *text], summaries="prompted", thought_min=16, summary_max=30, budget=400)
+    assert len(of(TokenInjected, events)) > 3, "a summary was opened"
+    assert events[-1].content == " w12 w13" and "<|" not in events[-1].reasoning and tokens[-8:] == [*CLOSING, W, V]
+    kept = [e.summary for e in of(BlockClosed, events) if e.summary is not None]
+    assert len(kept) == 1 and kept[0][1] - kept[0][0] == events[-1].cache.injected_tokens + written_in_summary(events) + 1
+
+
+def written_in_summary(events):
+    return sum(e.role == "summary" for e in of(TokenDecoded, events))
 
 
 def test_an_end_behind_the_answer_is_the_replys():
