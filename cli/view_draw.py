@@ -114,5 +114,6 @@ def notes(picture: dict[str, Any]) -> list[str]:
     if picture["dropped_tokens"]:
         lines.append(f"dropped: {picture['dropped_tokens']:,} tokens left the cache for good")
     if picture["skipped_lines"]:
-        lines.append(f"{picture['skipped_lines']:,} lines of the trace were not understood and are left out")
+        n = picture["skipped_lines"]
+        lines.append(f"{n:,} line{'s' * (n != 1)} of the trace {'were' if n != 1 else 'was'} not understood and left out")
     return lines

@@ -13,13 +13,14 @@ from test_trace import told
 from test_trace_file import WRONG
 from traced import GREEDY, follow, pictures, prompt, recorder_of
 
+from zoomr_cli.main import main
 from zoomr_local import trace_held
 from zoomr_local.events import HeadsEvicted, TokenDecoded
-from zoomr_local.trace_file import Recorded
+from zoomr_local.trace_file import FORMAT, Recorded
 from zoomr_local.trace_held import MOST_HEADS, HeldLines, HeldReader, held_at, last_row
 from zoomr_local.trace_view import picture
 
-POLICIES = ("snapkv", "h2o", "rkv", "pyramid", "reasonalloc")
+POLICIES = ("snapkv", "h2o", "rkv", "pyramid", "reasonalloc", "clusterkv")
 
 
 class HeldBooks:
@@ -61,7 +62,8 @@ def selections(events):
 def test_what_every_head_held_is_recorded_exactly(policy, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(trace_held, "HELD_BYTES_PER_TOKEN", 1 << 20)
     books = HeldBooks()
-    events, drawn = record(tmp_path / "t.jsonl", policy, tokens, books)
+    seldom = {"refresh": 8} if policy == "clusterkv" else {}  # there are no books of a token that a selection preceded
+    events, drawn = record(tmp_path / "t.jsonl", policy, tokens, books, **seldom)
     heads = drawn["heads"]
     assert drawn["skipped_lines"] == 0 and len(heads["layer_cells"]) == LAYERS and heads["kv_heads"] == KV_HEADS
     assert heads["layer_cells"] == list(events[-1].cache.layer_cells) and heads["shared"] == (policy == "reasonalloc")
@@ -143,7 +145,7 @@ def drawn_of(*lines):
         {**HELD, "rows": [[0, 9, 4]]},  # a head is missing
         {**HELD, "rows": [[0, 9, 4, 5, 6]]},
         {**HELD, "rows": [[0, 9, 8, 9]]},  # more than the layer's cells
-        {**HELD, "rows": [[0, 4, 5, 5]]},  # more than there were tokens
+        {**HELD, "rows": [[1, 10, 11, 2]], "budgets": []},  # more than there were tokens
         {**HELD, "rows": [[0, 9, 4, 5], [0, 9, 4, 5]]},  # a layer twice
         {**HELD, "rows": [[0, 9, 4.5, 5]]},
         {**HELD, "rows": [[0, 9, True, 5]]},
@@ -171,6 +173,20 @@ def test_a_damaged_line_is_left_out_whole_and_counted(line):
 def test_an_absurd_number_of_layers_or_heads_is_not_believed(change):
     drawn = drawn_of({**HEADS, **change}, HELD)
     assert drawn["heads"] is None and drawn["skipped_lines"] == 2
+
+
+def test_what_was_left_out_is_said_and_absurd_sizes_cost_little(tmp_path, capsys):
+    rows = [
+        {"event": "trace", "format": FORMAT, "model": "m", "policy": "rkv", "budget_tokens": 64}, {"event": "problem", "id": "p"},
+        {"event": "heads", "kv_heads": MOST_HEADS, "layer_cells": [1 << 40]}, {**HELD, "rows": [[0, 1 << 40, *([9] * MOST_HEADS)]], "budgets": []},
+        {**HELD, "rows": [[0, 1 << 41, 4, 5]]}, {"event": "cells", "points": [[0, 0], [1 << 40, 64]]},
+    ]  # fmt: skip
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["view", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 line of the trace was not understood and left out" in out and "a row is the mean of 256" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 120
 
 
 def test_every_field_with_every_wrong_value_ends_in_a_picture(tmp_path):
