@@ -103,9 +103,10 @@ def stock_folder() -> Path:
 @pytest.fixture(scope="session")
 def llama_models(stock_folder) -> Path:
     """llama.cpp's own vocabulary-only files and chat templates, which the stock build leaves beside its library."""
-    folder = stock_folder / "models"
-    assert (folder / "ggml-vocab-qwen2.gguf").is_file(), (
-        f"{folder} holds no vocabularies: a build of before they were kept, or of a source without them; make them with\n"
+    folders = [stock_folder / "models", *sorted(ROOT.glob("build/*/stock/models"))]
+    folder = next((folder for folder in folders if (folder / "ggml-vocab-qwen2.gguf").is_file()), None)
+    assert folder is not None, (
+        f"{folders[0]} holds no vocabularies: a build of before they were kept, or of a source without them; make them with\n"
         "  python native/build.py --only-stock")
     return folder
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import vocabulary_models
-from conftest import ROOT, find_stock
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +103,3 @@ def test_control_tokens_are_not_read_from_a_text(loaded):
         assert token not in plain, text
         assert model.tokenize(f"a{text}b", add_special=False, parse_special=True).count(token) == 1, text
         assert model.piece(token) == b"", "it is no text"
-
-
-def test_the_files_are_beside_the_oracle(llama_models):
-    assert llama_models == find_stock() / "models"
