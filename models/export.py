@@ -47,6 +47,20 @@ def load_network(checkpoint: Path, averaged: bool = True) -> tuple[Network, dict
     return net.eval(), state
 
 
+def mean_network(checkpoints: list[Path]) -> tuple[Network, dict]:
+    """The network whose weights are the mean of those of several checkpoints of one run's stages, and the last one's other entries.
+
+    Raises ValueError if they are of different shapes.
+    """
+    nets = [load_network(path) for path in checkpoints]
+    if any(net.shape != nets[0][0].shape for net, _ in nets):
+        raise ValueError("checkpoints of different shapes have no mean")
+    weights = [net.state_dict() for net, _ in nets]
+    net, state = nets[-1]
+    net.load_state_dict({name: torch.stack([w[name] for w in weights]).mean(0) for name in weights[0]})
+    return net, state
+
+
 def tensor_names(net: Network) -> dict[str, np.ndarray]:
     """Every weight under its GGUF name, float32, rows as PyTorch has them."""
     named = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
@@ -185,7 +199,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="of several, the mean of their weights is exported")
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", choices=sorted(_FILE_TYPES), default="q8_0")
     parser.add_argument("--name", default="zoomr-tiny", help="what the file calls the model")
@@ -197,9 +211,9 @@ def main() -> None:
     parser.add_argument("--fixture", type=Path, help="also write pinned ids and logits here")
     parser.add_argument("--demo", type=Path, help="also write the demo problems here")
     args = parser.parse_args()
-    net, state = load_network(args.checkpoint)
     part = args.out.with_suffix(".part")  # a kill must not leave half a model under the name of a whole one
     try:
+        net, state = mean_network(args.checkpoint)
         write_gguf(net, part, args.type, args.name, args.beacon_every, not args.plain)
     except ValueError as error:
         parser.error(str(error))

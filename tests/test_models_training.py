@@ -355,6 +355,23 @@ def test_two_processes_take_the_step_of_their_mean_gradient(tmp_path):
     assert all(torch.equal(state["net"][name], one["net"][name]) for name in one["net"])
 
 
+def test_the_mean_of_checkpoints_is_the_mean_of_their_weights(tmp_path):
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(network.Network(SMALL))
+        state = {"shape": SMALL.__dict__, "average": nets[-1].state_dict(), "step": seed}
+        torch.save(state, tmp_path / f"{seed}.pt")
+    mean, state = export.mean_network([tmp_path / "0.pt", tmp_path / "1.pt"])
+    for a, b, m in zip(*(n.parameters() for n in (*nets, mean)), strict=True):
+        assert torch.allclose(m, (a + b) / 2)
+    assert state["step"] == 1
+    other = network.Shape(len(tokenizer.TOKENS), layers=1, width=64, heads=2, kv_heads=1, ff=96)
+    torch.save({"shape": other.__dict__, "average": network.Network(other).state_dict()}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="different shapes"):
+        export.mean_network([tmp_path / "0.pt", tmp_path / "other.pt"])
+
+
 def test_exported_logits_equal_pytorch(tmp_path):
     pytest.importorskip("gguf")
     llama_cpp = pytest.importorskip(
