@@ -174,13 +174,14 @@ def test_open_without_html_makes_a_private_page(trace, tmp_path, monkeypatch, ca
 
 
 def test_the_template_ships_and_is_read_from_where_it_is_installed():
-    template = files("zoomr_cli") / "view_page.html"
-    assert template.is_file() and len(template.read_text().splitlines()) < 400
+    for name in ("view_page.html", "view_page_heads.js"):
+        template = files("zoomr_cli") / name
+        assert template.is_file() and len(template.read_text().splitlines()) < 400
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     shipped = project.split("[tool.scikit-build.wheel.force-include]")[1].split("[")[0]
     assert 'cli = "zoomr_cli"' in shipped, "the whole folder, the template in it"
     excluded = re.findall(r"^(?:wheel|sdist)\.exclude = (.*)$", project, re.M)
-    assert excluded and not any("html" in each for each in excluded)
+    assert excluded and not any("html" in each or "js" in each for each in excluded)
 
 
 # ---------------------------------------------------------------- in the terminal
