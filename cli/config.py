@@ -5,6 +5,7 @@ Prints; files and layers are `zoomr_local.config`, the flags as settings `settin
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -49,7 +50,9 @@ def show(context: typer.Context, command: Command = None, origin: WithOrigin = F
 
     found = Found(load(), context.find_root().command, os.environ)
     if command is not None and command not in found.commands:
-        raise UsageError(f"{command} has no settings; there are {', '.join(found.commands)}")
+        near = difflib.get_close_matches(command, found.commands, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{command} has no settings{hint}; there are {', '.join(found.commands)}")
     rows = _rows(found, [command] if command else list(found.commands), model and str(model))
     if as_json:
         files = [_source_dict(source) for source in found.config.sources]

@@ -92,10 +92,16 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(str(error), error.exit_code)
     except _CommandLineError as error:
         where = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
-        message = error.format_message()
+        message = error.format_message().rstrip(".") + _of_missing(error)
         return _fail(message + where, error.exit_code) if message else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
+
+
+def _of_missing(error: Exception) -> str:
+    """What an argument is for that was left out."""
+    text = getattr(getattr(error, "param", None), "help", None)
+    return f": {text.rstrip('.')}" if text and type(error).__name__ == "MissingParameter" else ""
 
 
 def _leave_broken_pipes() -> None:

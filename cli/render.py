@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from zoomr_local.events import Event, PromptProgress, Split, TokenDecoded, Warned
 from zoomr_local.gguf_file import printable
+from zoomr_local.sizes import counted
 from zoomr_local.solve import Problem, Tally
 
 _PLAIN_SECONDS = 5.0  # between two plain lines: readable in a log, alive to whoever watches
@@ -231,29 +232,30 @@ def summary_lines(tally: Tally, budget_tokens: int | None) -> list[str]:
             f" 95 % interval {a['wilson95'][0]:.3f} to {a['wilson95'][1]:.3f})"
         )
     if s["tokens_per_s"] is not None:
-        lines.append(f"speed     {s['tokens_per_s']:,.1f} tokens/s, {s['completion_tokens']:,} tokens decoded")
+        lines.append(f"speed     {s['tokens_per_s']:,.1f} tokens/s, {counted(s['completion_tokens'], 'token')} decoded")
         of = f" of {budget_tokens:,}" if budget_tokens else ""
         lines.append(f"KV cache  {s['resident_peak']:,}{of} cells at the peak, {human_bytes(s['resident_peak_bytes'])}")
     if s["page_ins"] or s["paged_out_bytes"]:
-        back = f"{s['recalled_tokens']:,} tokens came back" if s["recalled_tokens"] else f"{s['page_ins']:,} times something came back"
+        back = f"{counted(s['recalled_tokens'], 'token')} came back" if s["recalled_tokens"] else f"{counted(s['page_ins'], 'time')} something came back"
         lines.append(f"paging    {human_bytes(s['paged_out_bytes'])} paged out; {back}")
     if s["disk_written_bytes"]:
         lines.append(f"disk      {human_bytes(s['disk_written_bytes'])} of pages written")
     if s["lost_blocks"]:
-        lines.append(f"lost      {s['lost_blocks']:,} blocks live on as their summaries: the tiers were full or a page file failed")
+        lives = "block lives on as its summary" if s["lost_blocks"] == 1 else "blocks live on as their summaries"
+        lines.append(f"lost      {s['lost_blocks']:,} {lives}: the tiers were full or a page file failed")
     if s["faults"]:
-        lines.append(f"faults    {s['faults']:,} page files could not be written or read")
+        lines.append(f"faults    {counted(s['faults'], 'page file')} could not be written or read")
     if s["kv_full"]:
         lines.append(f"kv full   {s['kv_full']} stopped because --kv-ram and --kv-disk were full")
     if s["dropped_tokens"]:
-        lines.append(f"dropped   {s['dropped_tokens']:,} tokens, for good (the policy's rule)")
+        lines.append(f"dropped   {counted(s['dropped_tokens'], 'token')}, for good (the policy's rule)")
     if s["prompted_summaries"]:
         lines.append(
-            f"prompted  {s['prompted_summaries']:,} summaries, {s['cut_summaries']:,} of them cut at their longest;"
-            f" {s['injected_tokens']:,} tokens written for the model"
+            f"prompted  {counted(s['prompted_summaries'], 'summary', 'summaries')}, {s['cut_summaries']:,} of them cut at their longest;"
+            f" {counted(s['injected_tokens'], 'token')} written for the model"
         )
     if s["splits"]:
-        lines.append(f"split     {s['splits']:,} times a prompt or a thought was longer than its share")
+        lines.append(f"split     {counted(s['splits'], 'time')} a prompt or a thought was longer than its share")
     if s["out_of_tokens"]:
         lines.append(f"cut off   {s['out_of_tokens']} reached --max-tokens before the end of the answer")
     if s["timeouts"]:

@@ -137,7 +137,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         one = "1 prompt is too long to stay in the cache whole; a larger --kv-budget keeps it"
         lines.append(f"note      {one if n == 1 else f'{n:,} prompts are too long to stay in the cache whole; a larger --kv-budget keeps them'}")
     if report["may_exceed_trained"]:
-        lines.append(f"note      {counted(report['may_exceed_trained'], 'reply', 'replies')} could go beyond the {report['trained_tokens']} positions that the model was trained on")
+        lines.append(f"note      {counted(report['may_exceed_trained'], 'reply', 'replies')} could go beyond the {report['trained_tokens']:,} positions that the model was trained on; a smaller -n bounds them")
     for refused in report["refused"][:_LISTED]:
         lines.append(f"refused   {refused['id']} (line {refused['line']}): {refused['reason']}")
     if len(report["refused"]) > _LISTED:

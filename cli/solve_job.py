@@ -210,10 +210,12 @@ class Job:
         from .render import summary_lines
 
         where = "stdout" if journal is None else str(journal.path)
-        self._say(f"{tally.done - tally.failed} of {len(self.problems)} solved, in {where}")
+        self._say(f"{tally.done} of {len(self.problems)} done, in {where}")
         budget = None if self.config.policy == "full" else self.config.kv_budget
         for line in summary_lines(tally, budget):
             self._say(line)
+        if tally.out_of_tokens and self.think_budget is None:
+            self._say("to give replies more room: a larger -n, or --think-budget auto, which ends thoughts in time for the answer")
         if tally.failed and journal is not None:
             self._say(f"to try the failed ones again: {self.command('--retry-failed', without=('--overwrite',))}")
         if self.as_json:

@@ -252,7 +252,7 @@ def test_show_takes_a_model_and_refuses_what_is_no_command(user, capsys):
     assert shown(capsys, "-m", "other.gguf")["temp", "chat"][0] == 0.1
     assert shown(capsys)["temp", "chat"][0] == 0.6
     assert main(["config", "show", "caht"]) == 2
-    assert "caht has no settings; there are chat, solve" in capsys.readouterr().err
+    assert "caht has no settings (did you mean chat?); there are chat, solve" in capsys.readouterr().err
 
 
 def test_path_says_which_files_are_looked_for(user, capsys, tmp_path):

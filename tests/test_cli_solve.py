@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_every_problem_becomes_one_record_and_stdout_stays_empty(here, capsys):
     assert [r["id"] for r in records()] == [f"p{i}" for i in range(10)]
     out, err = capsys.readouterr()
     assert out == ""
-    assert "10 of 10 solved, in out.jsonl" in err
+    assert "10 of 10 done, in out.jsonl" in err
     assert "accuracy  1.000  (10 of 10 right; 95 % interval 0.722 to 1.000)" in err
     assert "KV cache  108 of 512 cells at the peak" in err
 
@@ -94,6 +95,24 @@ def test_json_puts_the_summary_on_stdout(here, capsys):
     assert err == ""
     summary = json.loads(out)
     assert (summary["output"], summary["total"], summary["accuracy"]["right"]) == ("out.jsonl", 10, 10)
+
+
+def test_one_is_one_in_every_sentence(here, engine, capsys):
+    write_problems("one.jsonl", 1)
+    engine.tokens = 1
+    assert run("one.jsonl", "-o", "out.jsonl") == 0 and run("one.jsonl", "-o", "out.jsonl") == 0
+    said = capsys.readouterr().err
+    assert "the one problem is done already" in said and "1 token decoded" in said and "1 time something came back" in said
+    assert not re.search(r"\b1 [a-z]+s\b", said.replace("1 is", "")), said
+    write_problems("one.jsonl", 1, answer="5")
+    assert run("one.jsonl", "-o", "out.jsonl") == 2
+    assert "has records of 1 problem whose prompt or answer has changed" in capsys.readouterr().err
+
+
+def test_replies_that_were_cut_off_come_with_what_to_do(here, capsys):
+    assert run("in.jsonl", "-o", "out.jsonl", "-n", "4") == 0
+    err = capsys.readouterr().err
+    assert "cut off   10 reached --max-tokens" in err and "a larger -n, or --think-budget auto" in err
 
 
 def test_dash_streams_records_from_stdin_to_stdout(here, capsys, monkeypatch):
@@ -253,7 +272,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(here, engine, capsys):
         (["in.jsonl", "--temp", "-1"], "error: --temp -1"),
         (["in.jsonl", "--limit", "0"], "--limit"),
         (["in.jsonl", "--no-such-flag"], "No such option"),
-        ([], "Missing argument"),
+        ([], "Missing argument 'file': Problems: JSON lines, CSV, plain text or OpenAI batch lines; - is stdin (see `zoomr solve --help`)"),
     ],
 )
 def test_misuse_is_one_clear_line_and_exit_code_2(here, engine, capsys, arguments, complaint):

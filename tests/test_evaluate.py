@@ -62,7 +62,7 @@ def test_a_files_lines_are_grouped_by_family():
     assert {f: [p.id for p in ps] for f, ps in suite.problems.items()} == {"mine": [0, 2], "x": [1, 3]}
     with pytest.raises(UsageError, match="it has mine, x"):
         file_suite(lines, "mine.jsonl", ["y"], None, 99)
-    with pytest.raises(UsageError, match='1 problems have no "answer"'):
+    with pytest.raises(UsageError, match='1 problem without an "answer" to compare with'):
         file_suite([b'{"id": 1, "prompt": "p"}'], "mine.jsonl", None, None, 99)
 
 

@@ -229,7 +229,7 @@ def test_split_files(tmp_path):
     with pytest.raises(ModelError, match="is part 2 of a split model; give its first part"):
         gguf_file.check_whole(second)
     second.unlink()
-    with pytest.raises(ModelError, match="split into 2 files, and 1 are missing: m-00002-of-00002.gguf"):
+    with pytest.raises(ModelError, match="split into 2 files, and 1 is missing: m-00002-of-00002.gguf"):
         gguf_file.check_whole(first)
     second.write_bytes(first.read_bytes()[:30])
     with pytest.raises(ModelError, match="m-00002-of-00002.gguf is damaged or cut short"):

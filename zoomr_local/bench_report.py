@@ -17,7 +17,7 @@ from typing import Any
 
 from .bench_case import MEASURED, TOO_BUSY
 from .errors import UsageError
-from .sizes import format_bytes
+from .sizes import counted, format_bytes
 
 COLUMNS = (
     "model", "model_type", "model_size_bytes", "model_params", "backend", "n_gpu_layers", "threads", "type_k", "type_v",
@@ -165,7 +165,7 @@ def notes(found: Sequence[Mapping[str, Any]], repetitions: int) -> list[str]:
         said.append("RSS peak: of the whole process; this system does not tell a phase's.")
     lost = sum(row["lost_blocks"] or 0 for row in found if row["test"].startswith("tg"))
     if lost:
-        said.append(f"{lost} blocks were lost, because the tiers were full or failed: see --kv-ram, --kv-disk and --on-full.")
+        said.append(f"{counted(lost, 'block')} {'was' if lost == 1 else 'were'} lost, because the tiers were full or failed: see --kv-ram, --kv-disk and --on-full.")
     for row in found:
         line = f"{row['policy']}, {row['test']}: {row['status']}: {row['reason']}."
         if row["status"] != MEASURED and line not in said:

@@ -18,6 +18,7 @@ from .errors import EngineError, SessionError, UnsupportedModel, UsageError
 from .events import Event
 from .journal import Manifest
 from .session_files import SessionDirectory
+from .sizes import counted
 
 EVERY_SECONDS = 30.0
 """Between two saves: little enough to lose, and seldom enough not to be felt."""
@@ -59,7 +60,7 @@ class Checkpoint:
             self.remove()
             return start()
         self.resumed, self.warnings, self.seconds = resumed, warnings, seconds
-        self._tell(f"{label}: goes on after {session.completion_tokens} tokens of its reply, saved in {self.path.parent}")
+        self._tell(f"{label}: goes on after {counted(session.completion_tokens, 'token')} of its reply, saved in {self.path.parent}")
         self._saved = time.monotonic()
         return engine.resume()
 

@@ -26,6 +26,7 @@ from .errors import UsageError
 from .journal import Journal, Manifest, record_key
 from .policies import POLICIES
 from .sampling import SamplingParams
+from .sizes import counted
 from .solve import Listener, Problem, Solver, Tally, read_problems, solve_all
 from .workers import solve_side_by_side
 
@@ -99,7 +100,7 @@ def file_suite(
     problems = read_problems(lines, source)
     unanswered = [str(p.id) for p in problems if p.answer is None]
     if unanswered:
-        raise UsageError(f'{source}: {len(unanswered)} problems have no "answer" to compare with: '
+        raise UsageError(f'{source}: {counted(len(unanswered), "problem")} without an "answer" to compare with: '
                          f"{', '.join(unanswered[:5])}{', ...' if len(unanswered) > 5 else ''}")
     grouped: dict[str, list[Problem]] = {}
     for problem in problems:
@@ -330,7 +331,7 @@ def _sort_out(
             done.append(record)
     if changed:
         raise UsageError(
-            f"{journal.path} has records of {len(changed)} problems whose prompt or answer has changed since:"
+            f"{journal.path} has records of {counted(len(changed), 'problem')} whose prompt or answer has changed since:"
             f" {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''};"
             " choose another output folder with -o, or start again with --overwrite"
         )

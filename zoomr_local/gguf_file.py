@@ -83,7 +83,7 @@ def check_whole(path: Path) -> Header:
     parts = part_paths(path)
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise ModelError(f"{path} is split into {len(parts)} files, and {len(missing)} are missing: {', '.join(missing[:3])}")
+        raise ModelError(f"{path} is split into {len(parts)} files, and {len(missing)} {'is' if len(missing) == 1 else 'are'} missing: {', '.join(missing[:3])}")
     first, *others = [read_header(part) for part in parts]
     number, count = first.metadata.get("split.no", 0), first.metadata.get("split.count", 0)
     if isinstance(number, int) and number > 0:

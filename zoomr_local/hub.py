@@ -24,7 +24,7 @@ from . import hub_cache
 from .errors import ModelError, StorageError, UsageError
 from .gguf_file import checked_path, printable
 from .hub_names import Listed, Reference, listed, matching, order, parse, pick
-from .sizes import format_bytes
+from .sizes import counted, format_bytes
 
 INSTALL = "pip install huggingface_hub"
 SECONDS = 10
@@ -300,7 +300,7 @@ def _explained(hub: Any, reference: Reference) -> Iterator[None]:
 
 def _files_text(model: Listed) -> str:
     first = printable(model.files[0])
-    return first if len(model.files) == 1 else f"{first} and {len(model.files) - 1} more files"
+    return first if len(model.files) == 1 else f"{first} and {counted(len(model.files) - 1, 'more file')}"
 
 
 def _no_such(text: str, path: Path, bundled: Mapping[str, Path]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .errors import ModelError
 from .gguf_file import printable
-from .sizes import format_bytes
+from .sizes import counted, format_bytes
 
 PREFERRED = "Q4_K_M"
 """What users of llama.cpp and Ollama get when they name no quantisation."""
@@ -135,7 +135,7 @@ def pick(models: Iterable[Listed], reference: Reference, where: str) -> Listed:
         files = ", ".join(printable(model.files[0]) for model in found)
         raise ModelError(f"{reference} means {len(found)} models: {files}; name one of them, as in {reference.repo}:{printable(found[0].files[0])}")
     if found[0].missing:
-        raise ModelError(f"{reference.repo} lacks {found[0].missing} parts of {printable(found[0].files[0])} {where}")
+        raise ModelError(f"{reference.repo} lacks {counted(found[0].missing, 'part')} of {printable(found[0].files[0])} {where}")
     return found[0]
 
 

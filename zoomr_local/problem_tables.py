@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from .errors import UsageError
 from .problems import ANSWERS, QUESTIONS, Columns, Gathered, Problem, prompt_messages
+from .sizes import counted
 
 DELIMITERS = ",;\t"
 CSV_EXAMPLE = "id,question,answer"
@@ -114,7 +115,7 @@ def _rows(text: str, delimiter: str, gathered: Gathered) -> Iterator[tuple[int, 
 
 def _fitting(row: list[str], names: list[str]) -> list[str]:
     if len(row) != len(names):
-        raise ValueError(f"has {len(row)} cells, the header has {len(names)}; quote cells that hold the delimiter")
+        raise ValueError(f"has {counted(len(row), 'cell')}, the header has {len(names)}; quote cells that hold the delimiter")
     return row
 
 
