@@ -70,6 +70,29 @@ class BookHeads:
         row[gone] = -1
         return int(gone.sum())
 
+    def resident(self, layer, head):
+        row = self._positions[layer][head]
+        cells = np.flatnonzero(row >= 0)
+        cells = cells[np.argsort(row[cells])]
+        return cells, row[cells]
+
+    def exchange(self, layer, wanted, stored, rows):
+        """Rows hold their own position, so that what comes back can be told from what was never written."""
+        freed = filled = written = 0
+        for head, row in enumerate(self._positions[layer]):
+            for cell in np.flatnonzero(row >= 0):
+                position = row[cell]
+                if not wanted[head, position]:
+                    written += not stored[head, position]
+                    stored[head, position], row[cell] = True, -1
+                    rows[head, position].view(np.int32)[:] = position
+                    freed += 1
+            for position in np.setdiff1d(np.flatnonzero(wanted[head]), row):
+                assert stored[head, position] and (rows[head, position].view(np.int32) == position).all()
+                row[np.flatnonzero(row < 0)[0]] = position
+                filled += 1
+        return freed, filled, written
+
     def queries(self):
         noise = self._random.standard_normal((LAYERS, 1, self.n_head, HEAD_DIM)).astype(np.float32)
         return noise + np.repeat(self._wants, 2, axis=1)[:, None]
@@ -80,6 +103,9 @@ class BookHeads:
     def layer_keys(self, layer):
         phase = self._positions[layer][..., None] * np.arange(1, HEAD_DIM + 1) * 0.1
         return np.sin(phase + layer).astype(np.float32)
+
+    def keys(self, layer, head, cells):
+        return self.layer_keys(layer)[head, cells]
 
     def kq_scale(self, layer) -> float:
         return 1.0

@@ -198,10 +198,10 @@ def test_bytes_are_the_uniform_caches_and_no_head_ever_holds_more_than_its_share
 
 def test_too_many_dense_layers_are_refused_with_a_budget_that_suffices(model, prompt):
     first = short(prompt)[:60]
-    with pytest.raises(BudgetError, match=r"--dense-layers 2: 2 of 4 layers with all 560 tokens and 62 .* 1244 .* --kv-budget 128 has 512; take --kv-budget 311, "):
-        play(model, first, "clusterkv", BUDGET, 500, dense_layers=2)
-    events = play(model, first, "clusterkv", 311, 500, watch=lambda engine, _: engine.cancel(), dense_layers=2)
-    assert events[-1].cache.layer_cells == (560, 560, 62, 62)
+    with pytest.raises(BudgetError, match=r"--dense-layers 2: 2 of 4 layers with all 561 tokens and 62 .* 1246 .* --kv-budget 128 has 512; take --kv-budget 312, "):
+        play(model, first, "clusterkv", BUDGET, 501, dense_layers=2)
+    events = play(model, first, "clusterkv", 312, 501, watch=lambda engine, _: engine.cancel(), dense_layers=2)
+    assert events[-1].cache.layer_cells == (561, 561, 63, 63)
 
 
 def test_what_leaves_is_bounded_by_kv_ram_before_anything_is_allocated(model, prompt, long_reply):  # noqa: F811

@@ -101,13 +101,13 @@ class ClusterGeneration(HeadGeneration):
         wanted[:, self._open :] = True
         freed, filled = np.array([self.cache.exchange(layer, wanted[i * n : i * n + n]) for i, layer in enumerate(self._selecting)]).T
         self.refreshes += 1
+        held = tuple(map(tuple, self.cache.held.tolist()))
         if freed.any():
             some = freed > 0
-            held = tuple(map(tuple, self.cache.held.tolist()))
             yield HeadsEvicted(now, tuple(layers[some].tolist()), tuple(freed[some].tolist()), held)
         if filled.any():
             some = filled > 0
-            yield HeadsRecalled(now, tuple(layers[some].tolist()), tuple(filled[some].tolist()), _rounded(self._used.last_hit_rate))
+            yield HeadsRecalled(now, tuple(layers[some].tolist()), tuple(filled[some].tolist()), held, _rounded(self._used.last_hit_rate))
 
     def _cluster(self, start: int, stop: int) -> None:
         """Cluster the tokens of a piece, all of them in cells: of the prompt, or written since."""

@@ -192,13 +192,15 @@ class HeadsEvicted(Event):
 class HeadsRecalled(Event):
     """The same selection brought tokens back into cells, after those of `HeadsEvicted` had left.
 
-    ``layers`` had ``recalled_cells`` cells of single heads filled, a number each. ``hit_rate`` is the share of the selected
+    ``layers`` had ``recalled_cells`` cells of single heads filled, a number each; ``held_tokens`` are what every head of every
+    layer holds now, after both. ``hit_rate`` is the share of the selected
     clusters that one of the last R selections had too, the mean over KV heads and layers; None for the first R.
     """
 
     position: int
     layers: tuple[int, ...]
     recalled_cells: tuple[int, ...]
+    held_tokens: tuple[tuple[int, ...], ...]
     hit_rate: float | None
 
 

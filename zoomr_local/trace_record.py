@@ -172,7 +172,7 @@ class Recorder:
         elif isinstance(event, HeadsEvicted):
             self._held.selected(event.position, event.layers, event.held_tokens, sum(event.freed_cells), event.budget_tokens)
         elif isinstance(event, HeadsRecalled):
-            self._held.recalled(event.position, event.layers, g.cache.held, sum(event.recalled_cells))
+            self._held.recalled(event.position, event.layers, event.held_tokens, sum(event.recalled_cells))
         elif isinstance(event, Finished):
             self._finished(event)
         else:
