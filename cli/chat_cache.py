@@ -93,7 +93,8 @@ class CacheCommands:
         if engine.policy.unit != "block":
             return f"there are no summaries: policy {engine.policy.name} makes no blocks"
         if engine.summaries.mode in _INDEXED:
-            return f"there are no summaries: --summaries is {engine.summaries.mode} here, and a block is found by {_INDEXED[engine.summaries.mode]}; /kv lists the blocks"
+            found = _INDEXED[engine.summaries.mode]
+            return f"there are no summaries: --summaries is {engine.summaries.mode} here, and a block is found by {found}; /kv lists the blocks"
         return self._nothing("there are no summaries")
 
     def _moved(self, number: int, events: list[Event], until: str) -> None:

@@ -222,7 +222,9 @@ class ChatLoop:
             except (SessionError, OSError):
                 raise error from None
             self._tell_once(TEXT, f"warning: the text alone is saved in {place}, and the next start reads it again: {error}")
-        self.places[place.resolve()] = self.store.version(place)
+        finally:  # also after a Ctrl-C that came when all was written
+            if (now := self.store.version(place)) is not None:
+                self.places[place.resolve()] = now
         return saved, failed
 
     def _tell_once(self, what: str, text: str) -> None:

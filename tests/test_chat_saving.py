@@ -192,6 +192,19 @@ def test_a_model_whose_cache_cannot_be_saved_keeps_its_conversations_as_text(cha
     assert "reads the conversation again: the model's cache cannot be saved. it is recurrent" in chat.type("/load kept")
 
 
+def test_a_save_that_was_interrupted_when_all_was_written_is_this_chats_own(chat, monkeypatch):
+    chat.loop.name, save = "kept", chat.loop.talk.save
+
+    def interrupted(place, note):
+        save(place, note)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat.loop.talk, "save", interrupted)
+        assert "this turn is not saved" in chat.type("one")
+    assert "meanwhile" not in chat.type("two") and told(chat, "kept") == ["one", "two"]
+
+
 # ---------------------------------------------------------------- a question from a pipe
 
 
