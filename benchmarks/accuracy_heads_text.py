@@ -149,9 +149,12 @@ def order(result: Result, setting: str, budget: int) -> str:
     ranked = sorted((policy for policy, (_, n) in sums.items() if n), key=lambda policy: -sums[policy][0] / sums[policy][1])
     if not ranked:
         return ""
-    texts = [f"`{policy}` {100 * sums[policy][0] / sums[policy][1]:.1f}" for policy in ranked]
-    where = f"At {budget} cells{f' ({setting})' if setting else ''}, {', '.join(sorted(common))} together"
-    lines = [f"- {where}, right in percent: {', '.join(texts)}."]
+    shares = {policy: f"{100 * sums[policy][0] / sums[policy][1]:.1f}" for policy in ranked}
+    text = f"`{ranked[0]}` {shares[ranked[0]]}"
+    for before, policy in zip(ranked, ranked[1:]):
+        text += f" {'=' if shares[before] == shares[policy] else '>'} `{policy}` {shares[policy]}"
+    where = f"At {budget} cells{f' ({setting})' if setting else ''}, {', '.join(sorted(common))}{' together' if len(common) > 1 else ''}"
+    lines = [f"- {where}, right in percent: {text}."]
     for name, paper in PAPERS.items():
         known = [policy for policy in paper if policy in ranked]
         if len(known) > 1:

@@ -107,7 +107,7 @@ def test_reasonalloc_stands_against_each_of_the_others_by_family_and_over_all(re
 
 def test_the_order_is_worded_by_the_intervals(result):
     said = words.order(result, "", 256)
-    assert said.startswith("- At 256 cells, dag, series together, right in percent: `reasonalloc` 90.0, `rkv` 40.0, `pyramid` 40.0, `snapkv` 10.0, `recency` 0.0.")
+    assert said.startswith("- At 256 cells, dag, series together, right in percent: `reasonalloc` 90.0 > `rkv` 40.0 = `pyramid` 40.0 > `snapkv` 10.0 > `recency` 0.0.")
     first = next(line for line in said.splitlines() if "MATH-500, budget 512" in line)
     assert "reasonalloc > pyramid > rkv > snapkv. Of 6 pairs 5 shown here (" in first and "0 the other way round, 1 not shown." in first
 
