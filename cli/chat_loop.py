@@ -250,15 +250,15 @@ class ChatLoop:
         return saved
 
     def clear(self) -> str | None:
-        """Forget the conversation here; what is saved of it stays, and the next one has no name. Returns the name it is saved under."""
-        name = self.name
+        """Forget the conversation here; what is saved of it stays, and the next one has no name. Returns the name its turns are saved under."""
+        name, turns = self.name, len(self.talk.turns)
         saved = name is not None and self.store.path(name).resolve() in self.places and self.store.holds(name)
         self.talk.clear()
         self.places, self.last = {}, None
         if not saved:
             return None
         self.name, self.asked = LAST, False
-        return name
+        return name if turns else None
 
     def load(self, name: str, tell: Callable[[str], None]) -> None:
         """Take up the conversation ``name`` and ``tell`` where it stands. Raises SessionError."""

@@ -65,6 +65,7 @@ def test_a_cleared_conversation_is_not_saved_anywhere_until_something_is_said(ch
     text = chat.type("one", "/clear", "/system Be brief.")
     assert "until your next message takes its place, /load last brings it back" in text
     assert told(chat, "last") == ["one"] and note(chat.loop.store, "last")["system"] is None
+    assert "/load" not in chat.type("one", "/undo", "/clear"), "there is nothing to bring back"
     assert "holds another conversation" in chat.type("two", "/save kept", "/clear", "three", "/save kept")
 
 
