@@ -58,6 +58,8 @@ def ls(as_json: options.Json = False) -> None:
         print(json.dumps({"cache": str(hub_cache.cache_dir()), "models": rows, "incomplete": parts}))
         return
     _print_table(rows)
+    if all(row["from"] == "bundled" for row in rows):
+        options.tell("the hub's cache holds no GGUF model; to fetch one: zoomr models pull user/repo[:quant]")
     if cut_off:
         from zoomr_local.sizes import format_bytes
 

@@ -51,12 +51,15 @@ def test_pull_then_ls_then_show_then_rm(hub, capsys):
     assert rows[0]["name"] == "zoomr-tiny" and rows[0]["from"] == "bundled" and rows[0]["quant"] == "Q8_0"
     assert [row["name"] for row in rows[: len(BUNDLED)]] == list(BUNDLED)
     assert rows[len(BUNDLED)] == {"name": "user/tiny:Q8_0", "quant": "Q8_0", "size_bytes": len(TINY), "path": str(path), "from": "hub"}
-    table = run(capsys, "ls")[0].splitlines()
+    out, err = run(capsys, "ls")
+    table = out.splitlines()
+    assert err == ""
     assert table[0].split() == ["name", "quant", "size", "path"] and re.match(r"user/tiny:Q8_0 +Q8_0 +3.3 MiB +/", table[1 + len(BUNDLED)])
     assert as_json(capsys, "show", "user/tiny")["file"] == str(path)
     out, err = run(capsys, "rm", "user/tiny:q8_0", "--yes")
     assert out == "" and err.splitlines() == ["user/tiny:Q8_0  tiny-Q8_0.gguf  3.3 MiB", "3.3 MiB are free"]
     assert not path.exists() and len(as_json(capsys, "ls")["models"]) == len(BUNDLED)
+    assert run(capsys, "ls")[1] == "the hub's cache holds no GGUF model; to fetch one: zoomr models pull user/repo[:quant]\n"
 
 
 def test_pull_as_json_and_quiet_and_again(hub, capsys):
