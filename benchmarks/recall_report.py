@@ -26,6 +26,9 @@ from zoomr_local.policies.heads import HeadSettings
 PAGE = RESULTS.parent.parent / "docs" / "recall.md"
 BEGIN, END = "<!-- recall: begin -->", "<!-- recall: end -->"
 RESAMPLES = 5000
+FEW = 10
+"""Problems below which the page says that a bootstrap's intervals are too narrow."""
+
 DENSE_LAYERS = HeadSettings().dense_layers
 """The first layers, which ClusterKV's code leaves dense: in no mean, in the table of layers."""
 
@@ -101,6 +104,7 @@ def text_of(result: Result) -> str:
     steps, tokens = sum(row["steps"] for row in rows), [row["tokens"] for row in rows]
     short = len(result["problems"]) - len(rows)
     left_out = f" {short} more replies ended before the first step." if short else ""
+    few = f"; a bootstrap of {len(rows)} problems makes intervals that are too narrow"
     said = [
         f"- recall, `{name}` against `{other}`: {verdict(result, 'recall', name, whose, other)}{late}."
         for name, other, whose, late in (
@@ -119,7 +123,7 @@ def text_of(result: Result) -> str:
         f"### {model['file'].removesuffix('.gguf')}",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`. n = {len(rows)} {asked['split']} problems ({', '.join(dict.fromkeys(row['family'] for row in rows))}) of "
         f"{min(tokens):,} to {max(tokens):,} tokens, {steps} steps in all.{left_out} Model {model['file']}, SHA-256 of {model['hashed']} {model['sha256'][:16]}.",
-        "More or less is said where the whole interval of the paired difference lies on one side of 0:", "\n".join(said),
+        "More or less is said where the whole interval of the paired difference lies on one side of 0" + (few if len(rows) < FEW else "") + ":", "\n".join(said),
         "**Recall of the B tokens with most attention, %, by the token's own query**", levels(result, "recall", (*BY_QUERY, *CONTROLS)), differences(result, "recall"),
         "**Recall, %, by the query of the token before**", levels(result, "recall", BY_QUERY, "before"),
         "**Attention that the selection holds, %, by the token's own query**", levels(result, "mass", (*BY_QUERY, *CONTROLS)), differences(result, "mass"),

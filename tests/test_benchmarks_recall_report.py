@@ -68,6 +68,7 @@ def test_the_query_before_has_tables_of_its_own():
     assert "n = 5 dev problems (dag) of 1,000 to 1,004 tokens, 15 steps in all." in text
     assert "| 0 (dense in ClusterKV) | 90.0 / 90.0 | 90.0 / 90.0 |" in text and "| 3 | 62.0 / 52.0 |" in text
     assert "| clusters | +10.0 (+10.0, +10.0) |" in text
+    assert "a bootstrap of 5 problems makes intervals that are too narrow" in text and "too narrow" not in report.text_of(result({}, n=10))
 
 
 def test_heads_that_attend_alike_are_said():
