@@ -200,6 +200,14 @@ def test_attention_through_views_is_attention_under_the_mask():
         assert sum(len(w.seen) for w in views) < 90 * len(views) or rows > 90
 
 
+def test_query_heads_of_a_group_begin_apart():
+    net = network.Network(SMALL)
+    network.mimetic_init(net, 0)
+    for block in net.blocks:
+        one, other = block.attention.wq.weight.view(2, 32, 64)
+        assert (one - other).abs().max() > 0.01
+
+
 def test_rope_depends_on_distance_only():
     x, y = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     shape = network.Shape(10, width=64, heads=2, kv_heads=1)

@@ -168,7 +168,8 @@ def mimetic_init(net: Network, seed: int, offsets: tuple[int, ...] = (1, 2, 3, 4
     coordinate; queries and keys read only that one, so the score depends on distance alone:
     u'R(m-n-offset)u is largest at the offset. Its values are copied into the stream.
     Later layers: W_q = W_k on the slow half of the RoPE pairs (equal content attracts equal
-    content at any distance) and W_o = W_v' (what is attended to is copied).
+    content at any distance) and W_o = W_v' (what is attended to is copied). A little noise in W_q tells the query heads
+    of a group apart: equal ones have equal gradients and would stay equal for ever.
     """
     s, rng = net.shape, torch.Generator().manual_seed(seed)
     e, group = s.head_dim, s.heads // s.kv_heads
@@ -190,7 +191,7 @@ def mimetic_init(net: Network, seed: int, offsets: tuple[int, ...] = (1, 2, 3, 4
             for h in range(g * group, (g + 1) * group):
                 heads = slice(h * e, (h + 1) * e)
                 a.wo.weight[:, heads] = copy.T * (0.7 if i == 0 else 0.5)
-                a.wq.weight[heads] = slow
+                a.wq.weight[heads] = slow + 0.02 * torch.randn(e, s.width, generator=rng)
         if i == 0:
             _attend_to_offsets(net, a, offsets)
 
