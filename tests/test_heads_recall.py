@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from test_heads_engine import BUDGET, long_reply, play, short, tokens  # noqa: F401
 
+from zoomr_local import heads_setup
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import BudgetError, StorageError, UsageError
 from zoomr_local.events import Finished, HeadsEvicted, HeadsRecalled, PromptProgress, TokenDecoded
+from zoomr_local.policies.heads import HeadSettings
 from zoomr_local.policies.heads.kmeans import draw_first
 from zoomr_local.sampling import SamplingParams
 
@@ -42,7 +44,8 @@ def test_with_cells_for_everything_tokens_and_logits_are_those_of_full(model, pr
 class Watcher:
     """Every token's rows and its query when it was decoded, and what each selection was; from outside."""
 
-    def __init__(self, model_keeps, window, prompt_tokens):
+    def __init__(self, model_keeps, window, prompt_tokens, added):
+        self.added = added
         self.keeps, self.window, self.prompt_tokens = model_keeps, window, prompt_tokens
         self.rows, self.keys, self.queries, self.asked, self.wanted, self.history = {}, {}, {}, 0, {}, {}
 
@@ -98,7 +101,7 @@ class Watcher:
         for start, stop in self.pieces(now)[0]:
             own = [p for p in range(start, stop) if p not in self.keeps]
             if own:
-                n = len(own) // 80 if start == 0 else int(len(own) * 8 / 320 + 0.5)
+                n = len(own) // 80 if start == 0 else int(len(own) * self.added / 320 + 0.5)
                 first = draw_first(row + 1, len(own), min(max(1, n), len(own)), (0, 0, own[0]))[row].tolist()
                 key = (row, start)
                 if key not in self.history:
@@ -127,11 +130,12 @@ class Watcher:
             self.wanted[layer, head] = set(self.keeps) | {positions[i] for i in chosen} | set(range(start, now))
 
 
-@pytest.mark.parametrize("pin", [True, False], ids=["pinned", "unpinned"])
-def test_on_a_real_run_every_layer_and_head_holds_what_the_reference_selects(model, prompt, long_reply, pin):  # noqa: F811
+@pytest.mark.parametrize(("pin", "added"), [(True, 8), (False, 8), (False, 40)], ids=["pinned", "unpinned", "many clusters"])
+def test_on_a_real_run_every_layer_and_head_holds_what_the_reference_selects(model, prompt, long_reply, monkeypatch, pin, added):  # noqa: F811
+    monkeypatch.setattr(heads_setup, "HeadSettings", lambda **chosen: HeadSettings(**chosen, clusters_added=added))
     first = short(prompt)[:60]
     keeps = range(60 if pin else 16)
-    seen = Watcher(keeps, (BUDGET - len(keeps)) // 2, 60)
+    seen = Watcher(keeps, (BUDGET - len(keeps)) // 2, 60, added)
     events = play(model, first, "clusterkv", BUDGET, 150, begun=seen.begun, pin_prompt=pin)
     done = events[-1].cache
     selections = sum(len(e.layers) for e in events if isinstance(e, HeadsEvicted))
