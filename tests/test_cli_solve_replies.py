@@ -185,6 +185,12 @@ def test_what_a_batch_line_says_of_sampling_reaches_the_engine(here, engine, cap
     assert [note in record["warnings"] for record in lines()] == [False, True]
 
 
+def test_a_line_that_asks_for_no_stop_is_not_said_to_have_a_schema(here, engine):
+    Path("in.jsonl").write_text(json.dumps({**BATCH, "body": {**BATCH["body"], "stop": []}}) + "\n")
+    assert run("in.jsonl", "-o", "out.jsonl", "--stop", "END") == 0
+    assert engine.samplings[0].stop == () and not [text for text in lines()[0]["warnings"] if "--stop" in text]
+
+
 def test_an_automatic_think_budget_is_that_of_the_line_that_is_replied_to(here, engine, monkeypatch):
     asked = [BATCH, {**BATCH, "custom_id": "b", "body": {**BATCH["body"], "max_tokens": 400}}]
     Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))

@@ -162,7 +162,7 @@ class Solver:
         """The result of one reply; None if it was given up. ``seconds`` in it is how long it took."""
         checkpoint = self.checkpoints.of(self.key(problem)) if self.checkpoints else None
         warnings: list[str] = list(problem.notes)
-        if self.sampling.stop and not sampling.stop:
+        if self.sampling.stop and "schema" in problem.options and "stop" not in problem.options:
             warnings.append(STOP_PASSED_OVER)
         began = time.monotonic()
         try:
