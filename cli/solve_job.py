@@ -150,7 +150,7 @@ class Job:
         every = EVERY_SECONDS if self.checkpoint_every is None else self.checkpoint_every
         aloud = lambda text: print(text, file=sys.stderr)  # noqa: E731
         checkpoints = Checkpoints(self.checkpoint, manifest, journal.path, every, say=aloud, tell=self._say)
-        keys, to_do = ({record_key(problem.asked(), manifest) for problem in some} for some in (self.problems, left))
+        keys, to_do = ({record_key(problem.asked(), manifest) for problem in some} for some in ((*self.problems, *self.beyond), (*left, *self.beyond)))
         checkpoints.check(keys, to_do, overwrite)
         return checkpoints
 

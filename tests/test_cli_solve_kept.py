@@ -131,3 +131,18 @@ def test_checkpoints_stay_until_the_run_begins(engine, monkeypatch, capsys):
     assert kept.exists()
     assert run(*command) == 0
     assert not kept.exists() and "--overwrite starts its problem again; it is thrown away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_a_checkpoint_of_a_problem_behind_the_limit_is_this_runs(engine, monkeypatch, capsys, more):
+    keys = []
+    monkeypatch.setattr("zoomr_local.journal.record_key", lambda problem, manifest: keys.append(record_key(problem, manifest)) or keys[-1])
+    command = ("in.jsonl", "-o", "out.jsonl", "--checkpoint", "ck")
+    with monkeypatch.context() as patched:
+        refuse(patched, engine)
+        assert run(*command) == 1
+    last = Path("ck", list(dict.fromkeys(keys))[2])
+    last.mkdir(parents=True)  # as a kill before the first save leaves it
+    assert run(*command, "--limit", "1", *more) == 0
+    said = "--overwrite starts its problem again" if more else "nothing was saved in it yet"
+    assert f"{last}: {said}; it is thrown away" in capsys.readouterr().err and not last.exists()
