@@ -131,7 +131,7 @@ class ChatLoop:
     def reply(self, start: Callable[[], Iterator[Event]], terminal: bool = True) -> Finished | None:
         """Draw the events of one turn and save the conversation; None if the turn broke off."""
         view = ReplyView(self.screen, self.budget_tokens, self.thinking)
-        self.last = None
+        self.last, before = None, [*self.talk.turns]
         if self.recorder is not None:
             self.recorder.turn()
         with _stoppable(self.engine.cancel) as stopped, self._keys.listening() if terminal else nullcontext():
@@ -146,7 +146,8 @@ class ChatLoop:
                 if isinstance(event, Finished):
                     self.last = event
         self._recorded = self.engine.generation
-        self.autosave()
+        if self.talk.turns != before or self._failed is not None:  # else what is saved has the same text, and its cache still
+            self.autosave()
         return self.last
 
     def happened(self, told: list[Event], recorded: list[Event]) -> None:
@@ -223,7 +224,7 @@ class ChatLoop:
                 raise error from None
             self._tell_once(TEXT, f"warning: the text alone is saved in {place}, and the next start reads it again: {error}")
         finally:  # also after a Ctrl-C that came when all was written
-            if (now := self.store.version(place)) is not None:
+            if (now := self.store.version(place)) not in (None, there):
                 self.places[place.resolve()] = now
         return saved, failed
 
@@ -254,7 +255,7 @@ class ChatLoop:
         name, turns = self.name, len(self.talk.turns)
         saved = name is not None and self.store.path(name).resolve() in self.places and self.store.holds(name)
         self.talk.clear()
-        self.places, self.last = {}, None
+        self.places, self.last, self._recorded = {}, None, None
         if not saved:
             return None
         self.name, self.asked = LAST, False

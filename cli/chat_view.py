@@ -30,6 +30,7 @@ FOLD, SHOW, HIDE = "fold", "show", "hide"
 _DRAW_SECONDS = 0.1
 _MOST_ROWS = 40
 _NARROW, _LEAST_LABEL = 72, 6  # columns: below, a row of /kv has fewer of them; and what is worth a label
+_UNREAD = "the message was not read to its end, and the conversation is as it was before it"
 _CUTS = {
     "budget": "it reached --think-budget", "loop": "it repeated itself", "asked": "you asked for the answer",
     "ended": "the model stopped without an answer",
@@ -215,10 +216,10 @@ class ReplyView:
         if done.reason == "length":
             self.screen.note("cut off: --max-tokens was reached; raise it (in a chat: /set max_tokens N)")
         elif done.reason == "kv_full":
-            self.screen.note("stopped: --kv-ram and --kv-disk are full")
+            self.screen.note("stopped: --kv-ram and --kv-disk are full" + ("" if self._read else f"; {_UNREAD}"))
         elif done.reason == "cancelled":
             kept = "what was written is kept" if done.completion_tokens else "there is no answer yet"
-            self.screen.note(f"stopped; {kept if self._read else 'the message was not read to its end and is not part of the conversation'}")
+            self.screen.note(f"stopped; {kept if self._read else _UNREAD}")
         if not done.content.strip() and done.reason != "cancelled":
             self.screen.say("the model gave no answer" + (f" ({done.reasoning_tokens:,} tokens of thinking)" if done.reasoning_tokens else ""))
 

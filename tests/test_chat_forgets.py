@@ -124,7 +124,7 @@ def test_a_message_that_is_stopped_while_it_is_read_is_no_turn_and_that_is_said(
 
     monkeypatch.setattr(ReplyView, "feed", interrupt)
     text = chat.type("hello " * 400)
-    assert "stopped; the message was not read to its end and is not part of the conversation" in text and not chat.loop.talk.turns
+    assert "stopped; the message was not read to its end, and the conversation is as it was before it" in text and not chat.loop.talk.turns
     empty(chat, "yet")
     assert "reading all" not in chat.type("one") and "not read to its end" in chat.type("hello " * 400)
     empty(chat, "the last question was not read to its end")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 from chats import ANSWER, Chat
@@ -12,8 +13,10 @@ from test_chat_pipe import piped as piped  # the fixture
 
 from zoomr_cli.chat_loop import NOTHING, TEXT
 from zoomr_cli.chat_store import ChatStore
+from zoomr_cli.chat_view import ReplyView
 from zoomr_local import session, session_files
-from zoomr_local.errors import SessionError, UnsupportedModel
+from zoomr_local.errors import EngineError, SessionError, UnsupportedModel
+from zoomr_local.events import PromptProgress
 
 
 def told(chat, name) -> list[str]:
@@ -204,6 +207,57 @@ def test_a_save_that_was_interrupted_when_all_was_written_is_this_chats_own(chat
         patched.setattr(chat.loop.talk, "save", interrupted)
         assert "this turn is not saved" in chat.type("one")
     assert "meanwhile" not in chat.type("two") and told(chat, "kept") == ["one", "two"]
+
+
+def test_a_load_that_was_interrupted_leaves_each_conversation_under_its_own_name(chat, monkeypatch):
+    chat.loop.name = "kept"
+    chat.type("one", "/clear", "two")
+    with monkeypatch.context() as patched:
+        patched.setattr(chat.loop.engine, "load", lambda directory: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "interrupted" in chat.type("/load kept")
+    assert "reading all" in (text := chat.type("three")) and "loading another conversation broke off" in text
+    assert told(chat, "last") == ["two", "three"] and told(chat, "kept") == ["one"]
+
+
+def test_of_a_conversation_whose_cache_finds_no_cells_the_text_is_taken_up_under_its_name(chat, monkeypatch):
+    chat.loop.name = "kept"
+    chat.type("one", "/clear", "two")
+    with monkeypatch.context() as patched:
+        patched.setattr(chat.loop.engine, "load", lambda directory: (_ for _ in ()).throw(EngineError("no memory for the cells")))
+        assert "reads the conversation again: no memory for the cells" in chat.type("/load kept")
+    chat.type("three")
+    assert told(chat, "last") == ["two"] and told(chat, "kept") == ["one", "three"]
+
+
+@pytest.mark.parametrize("lines", [["hello " * 400], ["/regen"]])
+def test_a_message_that_is_stopped_while_it_is_read_leaves_the_save_its_cache(chat, monkeypatch, foreground, lines):
+    feed = ReplyView.feed
+
+    def interrupt(view, event):
+        feed(view, event)
+        if isinstance(event, PromptProgress):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    chat.loop.name = "kept"
+    chat.type("hello " * 300)
+    with monkeypatch.context() as patched:
+        patched.setattr(ReplyView, "feed", interrupt)
+        text = chat.type(*lines)
+    assert "stopped; the message was not read to its end, and the conversation is as it was before it" in text and not chat.loop.talk.has_cache
+    assert note(chat.loop.store, "kept")["in_cache"], "it has the same text and a cache that still serves"
+    assert "again" not in chat.type("/load kept") and chat.loop.talk.has_cache
+
+
+def test_a_first_save_that_failed_does_not_make_what_was_there_before_this_chats_own(chat, monkeypatch, tmp_path):
+    with talking(budget=192) as engine:
+        before = Chat(engine, tmp_path)
+        before.loop.name = chat.loop.name = "last"
+        before.type("before")
+    with monkeypatch.context() as patched:
+        full_disk(patched)
+        chat.type("one")
+    chat.type("/undo", "/clear")
+    assert told(chat, "last") == ["before"]
 
 
 # ---------------------------------------------------------------- a question from a pipe

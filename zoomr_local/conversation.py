@@ -14,7 +14,7 @@ from typing import Any, Iterator
 
 from . import session
 from .engine import Engine
-from .errors import EngineError, SessionError, StorageError, UsageError, ZoomrError
+from .errors import EngineError, SessionError, UsageError, ZoomrError
 from .events import Event, Finished, PrefilledAgain, Warned
 from .model import Model
 from .sampling import SamplingParams
@@ -243,14 +243,14 @@ class Conversation:
             raise SessionError(f"{directory} holds a conversation of format {version}, this version reads {NOTE_FORMAT}")
         if in_cache and keep != self.keep_thinking:
             in_cache, again = False, "--keep-thinking was changed"
-        self._out_of_cache(again if turns else None, pinned)
-        self.turns, self.system = turns, system
+        self._out_of_cache("loading another conversation broke off" if self.turns else None, self.pinned)
         if in_cache:
             try:
                 self.engine.load(directory)
-                self._in_cache, self.again, self._pins_gone = True, None, ()
-            except (SessionError, StorageError) as error:
-                self.again = str(error)
+            except ZoomrError as error:
+                in_cache, again = False, str(error)
+        self.turns, self.system, self._in_cache = turns, system, in_cache
+        self.again, self._pins_gone = (None, ()) if in_cache else (again if turns else None, pinned)
         return note
 
     # what is in the cache
