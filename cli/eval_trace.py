@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoomr_local.errors import UsageError
+from zoomr_local.gguf_file import printable
+from zoomr_local.sizes import counted
 from zoomr_local.solve import Listener, Problem, Solver
 
 from . import tracing
@@ -69,7 +72,7 @@ class TracedSolver(Solver):
             try:
                 recorder = stack.enter_context(tracing.recording(path, self.engine, self.sampling, self.max_tokens, quiet=True))
             except UsageError as error:
-                print(f"warning: problem {problem.id} is not recorded: {error}", file=sys.stderr)
+                print(f"warning: problem {printable(str(problem.id))} is not recorded: {error}", file=sys.stderr)
                 return super().solve(problem, listener)
             recorder.begin(problem.id)
             record = super().solve(problem, Recording(listener, recorder))
@@ -82,15 +85,15 @@ def say(folder: Path, asked: Files, whole: bool) -> None:
     """Say on stderr what was recorded, and of a ``whole`` run what was not."""
     there = [path for path in asked.values() if path.exists()]
     if there:
-        print(f"traces: {len(there)} files in {folder}; to look at one: zoomr view {there[0]}", file=sys.stderr)
+        print(f"traces: {counted(len(there), 'file')} in {folder}; to look at one: {shlex.join(['zoomr', 'view', str(there[0])])}", file=sys.stderr)
     if whole and len(there) < len(asked):
         print(
-            f"{len(asked) - len(there)} of {len(asked)} problems to be recorded were solved by an earlier run without --trace;"
-            " --overwrite solves all of them again", file=sys.stderr,
+            f"{len(asked) - len(there)} of {counted(len(asked), 'problem')} to be recorded have no trace: what an earlier run has solved is solved"
+            " again with --overwrite only", file=sys.stderr,
         )  # fmt: skip
 
 
 def _file_name(name: str) -> str:
     """``name`` where it is a file's name; else one that no other id has."""
-    plain = re.sub(r"[^\w-]", "_", name)[:80]
+    plain = re.sub(r"[^\w-]", "_", name, flags=re.ASCII)[:80]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -62,4 +62,4 @@ def _any_policy(value: Any, fits: Callable[[Any], bool]) -> bool:
     from zoomr_local.policies import POLICIES
 
     names = value if isinstance(value, list | tuple) else [value]
-    return any(fits(POLICIES[name]) for text in names for name in str(text).split(",") if name in POLICIES)
+    return any(fits(POLICIES[name]) for text in names for name in map(str.strip, str(text).split(",")) if name in POLICIES)

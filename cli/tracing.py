@@ -1,11 +1,12 @@
 """`--trace FILE`: opens the file, says what has to be said, and gives commands a recorder, or none.
 
-`solve.py`, `demo.py` and `chat.py` call it; what is recorded is `zoomr_local.trace_record`'s.
+`solve.py`, `demo.py`, `chat.py` and `eval_trace.py` call it; what is recorded is `zoomr_local.trace_record`'s.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def recording(path: Path | None, engine: Any, sampling: SamplingParams, max_toke
     finally:
         recorder.close()
         if not quiet:
-            print(f"trace: {path}; to look at it: zoomr view {path}", file=sys.stderr)
+            print(f"trace: {path}; to look at it: {shlex.join(['zoomr', 'view', str(path)])}", file=sys.stderr)
 
 
 def listener(inner: Any, recorder: Recorder | None) -> Any:

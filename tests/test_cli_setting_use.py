@@ -98,3 +98,8 @@ def test_every_key_that_is_looked_at_is_a_setting():
     known = {key for keys in registry(typer.main.get_command(app)).values() for key in keys}
     assert KEYS <= known
     assert set(unused(KEYS, lambda key: None)) == {"vote-by", "checkpoint-every", "pin-prompt", "dense-layers"}
+
+
+def test_policies_of_a_list_are_known_behind_spaces():
+    asked = {"policy": "full, clusterkv"}
+    assert not {"pin-prompt", "dense-layers"} & set(unused(KEYS, asked.get))

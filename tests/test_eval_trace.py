@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import stat
 from contextlib import contextmanager
@@ -88,7 +89,8 @@ def test_what_an_earlier_run_solved_is_not_recorded_and_that_is_said(here, capsy
     capsys.readouterr()
     assert main([*ASK, "--trace", "traces"]) == 0
     err = capsys.readouterr().err
-    assert "traces: 3 files in traces" in err and "6 of 9 problems to be recorded were solved by an earlier run without --trace; --overwrite" in err
+    assert "traces: 3 files in traces" in err
+    assert "6 of 9 problems to be recorded have no trace: what an earlier run has solved is solved again with --overwrite only" in err
     assert [ids for ids in recorded().values()] == [["p/2"]] * 3
     assert main([*ASK, "--trace", "traces", "--overwrite"]) == 0
     assert len(recorded()) == 9 and [ids for ids in recorded().values()].count(["p/2", "p/2"]) == 3, "a second run is added"
@@ -135,11 +137,28 @@ def test_a_file_that_is_no_trace_is_refused_before_anything_runs(here, capsys):
     assert "it is no trace" in capsys.readouterr().err and Path("traces", name).read_text() == "mine\n" and not Path("out").exists()
 
 
+def test_one_file_in_a_folder_with_a_space_can_be_viewed_as_it_is_said(here, capsys):
+    Path("in.jsonl").write_text(json.dumps({"id": "a", "prompt": "w20 w21", "answer": "4"}) + "\n")
+    assert main(["eval", "--suite", "in.jsonl", "--policy", "full", "--max-tokens", "300", "-o", "out", "--trace", "my traces"]) == 0
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("traces: "))
+    assert said.startswith("traces: 1 file in my traces; ")
+    assert main(shlex.split(said.partition(": zoomr ")[2])) == 0
+
+
+def test_an_id_of_control_characters_is_not_written_to_a_terminal(here, monkeypatch, capsys):
+    Path("in.jsonl").write_text(json.dumps({"id": "\x1b[2J", "prompt": "w20 w21", "answer": "4"}) + "\n")
+    monkeypatch.setattr(eval_trace, "files", lambda *asked: {key: Path("none", "t.jsonl") for key in real(*asked)})
+    assert main(["eval", "--suite", "in.jsonl", "--policy", "full", "--max-tokens", "300", "-o", "out", "--trace", "traces", "-q"]) == 0
+    err = capsys.readouterr().err
+    assert "is not recorded" in err and "\x1b" not in err
+
+
 def test_a_trace_that_is_in_use_later_costs_no_record(here, monkeypatch, capsys):
     monkeypatch.setattr(eval_trace, "files", lambda *asked: {key: Path("none", "t.jsonl") for key in real(*asked)})
     assert main([*ASK, "--trace", "traces"]) == 0
     err = capsys.readouterr().err
     assert err.count("is not recorded: --trace none/t.jsonl: No such file") == 9
+    assert "9 of 9 problems to be recorded have no trace" in err and "solved by an earlier run" not in err
     assert all(len(p.read_text().splitlines()) == 5 for p in Path("out").glob("in.*.jsonl"))
 
 
@@ -147,7 +166,7 @@ real = eval_trace.files
 
 
 def test_ids_that_are_no_file_names_get_files_of_their_own(tmp_path):
-    ids = ["a/b", "a_b", "a b", "..", "é", "x" * 300, "x" * 301, "\ud800", ""]
+    ids = ["a/b", "a_b", "a b", "..", "é", "x" * 300, "x" * 301, "\ud800", "", "\U00020000" * 80]
     problems = [Problem(name, ({"role": "user", "content": "?"},), "1", i) for i, name in enumerate(ids)]
     cell = Cell("f", EngineConfig(policy="zoomr"))
     found = eval_trace.files(tmp_path / "traces", [cell], Suite({"f": problems}, {"f": 9}), len(ids))
