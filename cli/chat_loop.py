@@ -145,7 +145,7 @@ class ChatLoop:
                     self._keys.poll()
                 if isinstance(event, Finished):
                     self.last = event
-        self._recorded = self.engine.generation
+        self._recorded = self.engine.generation if self.recorder is not None else None
         if self.talk.turns != before or self._failed is not None:  # else what is saved has the same text, and its cache still
             self.autosave()
         return self.last
@@ -255,7 +255,7 @@ class ChatLoop:
         name, turns = self.name, len(self.talk.turns)
         saved = name is not None and self.store.path(name).resolve() in self.places and self.store.holds(name)
         self.talk.clear()
-        self.places, self.last, self._recorded = {}, None, None
+        self.places, self.last = {}, None
         if not saved:
             return None
         self.name, self.asked = LAST, False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,15 @@ def test_under_full_an_edit_that_is_refused_leaves_the_cache_to_be_saved():
             next(talk.ask_instead("x", GREEDY, 5))
         engine.model.render = render
         assert talk.has_cache and len(talk.turns) == 1
+
+
+@pytest.mark.parametrize("lines", [["/clear"], ["/undo"], ["/system Be brief."], ["/load other"]])
+def test_nothing_holds_on_to_what_was_said_once_it_is_out_of_the_cache(chat, lines):
+    chat.type("other", "/save other", "/clear", "one")
+    held = weakref.ref(chat.loop.engine.generation)
+    chat.type(*lines)
+    gc.collect()
+    assert held() is None
 
 
 def test_the_same_system_message_changes_nothing(chat):
