@@ -19,14 +19,14 @@ import numpy as np
 
 from benchmarks.recall import BY_QUERY, CONTROLS, RESULTS
 from benchmarks.report import table
-from zoomr_local.errors import ZoomrError
+from zoomr_local.errors import UsageError, ZoomrError
 from zoomr_local.evaluate_report import require_matplotlib
 from zoomr_local.policies.heads import HeadSettings
 
 PAGE = RESULTS.parent.parent / "docs" / "recall.md"
 BEGIN, END = "<!-- recall: begin -->", "<!-- recall: end -->"
 RESAMPLES = 5000
-FEW = 10
+FEW = 20
 """Problems below which the page says that a bootstrap's intervals are too narrow."""
 
 DENSE_LAYERS = HeadSettings().dense_layers
@@ -133,11 +133,11 @@ def text_of(result: Result) -> str:
 
 
 def filled(page: str, results: Sequence[Result]) -> str:
-    """The page with its block written anew. Raises ValueError if it has none."""
+    """The page with its block written anew. Raises UsageError if it has none."""
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE} has no block {BEGIN} ... {END}")
+        raise UsageError(f"the page has no block {BEGIN} ... {END}; put it into docs/recall.md")
     body = "\n\n".join(text_of(result) for result in results) or "Not measured."
     return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
 
