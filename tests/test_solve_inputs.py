@@ -66,7 +66,7 @@ def test_a_cell_longer_than_pythons_own_limit_is_no_error():
     ("text", "more", "expected"),
     [
         ("a,b\n1,2\n", {}, "no column is called question, problem or prompt; name it with --question-column, one of: a, b"),
-        ("question,answer\np\n", {}, "line 2: has 1 cells, the header has 2"),
+        ("question,answer\np\n", {}, "line 2: has 1 cell, the header has 2"),
         ('question,answer\n"p,1\n', {}, "line 2: not CSV (unexpected end of data)"),
         ('question,answer\n"p"x,1\n', {}, "line 2: not CSV"),
         ("question,answer\n ,1\n", {}, "line 2: question is empty"),

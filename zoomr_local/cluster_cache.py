@@ -39,9 +39,9 @@ class HeadTier:
         shape = (len(layers), store.n_head_kv, length_tokens)
         try:
             self._rows = np.empty((*shape, store.cell_bytes), np.uint8)
+            self._stored = np.zeros(shape, bool)
         except MemoryError:
             raise StorageError(f"no memory for --kv-ram: {format_bytes(self.need_bytes)} are needed; lower -n") from None
-        self._stored = np.zeros(shape, bool)
         self.stored_bytes = 0
 
     def of(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
