@@ -45,14 +45,14 @@ def test_a_conversation_is_streamed_stopped_drawn_saved_and_gone_on_with(tmp_pat
     chats = tmp_path / "zoomr-local" / "chats"
     with Terminal(tmp_path, *LONG, cast=cast) as first:
         first.prompt()
-        first.begin(questions[0], "thought [0-9]+ tokens")
+        first.begin(questions[0], "thought [0-9,]+ tokens")
         first.prompt()
         (turn,) = said(chats / "last")["turns"]
         assert turn["answer"] and turn["reasoning_tokens"] > 50, "saved after the turn"
 
         live = first.begin(long_question, "Ctrl-T answers now")
         with first.standing_still():
-            assert re.search(r"thinking \d+ tokens · [\d.]+ s · KV \d+/256", live)
+            assert re.search(r"thinking [0-9,]+ tokens · [\d.]+ s · KV \d+/256", live)
             first.child.sendintr()
         first.wait("stopped; what was written is kept")
         first.prompt()
@@ -62,7 +62,7 @@ def test_a_conversation_is_streamed_stopped_drawn_saved_and_gone_on_with(tmp_pat
         assert re.search(r"KV cache: \d+ of 256 cells in use", drawn) and "[P" in drawn and " dropped " in drawn
         first.type("/sav", "did you mean /save?")
         first.type("/save kept", "--session kept --continue")
-        first.type(questions[2], "thought [0-9]+ tokens")
+        first.type(questions[2], "thought [0-9,]+ tokens")
         uninterrupted = said(chats / "last")["turns"][2]
         assert re.search(r"turn .*adds", drawn := first.type("/kv all", "P pinned")) and " ram " in drawn, "earlier questions are paged out"
         assert first.leave() == 0
@@ -70,7 +70,7 @@ def test_a_conversation_is_streamed_stopped_drawn_saved_and_gone_on_with(tmp_pat
     with Terminal(tmp_path, "--session", "kept", "--continue", *LONG, cast=cast) as second:
         greeted = second.prompt()
         assert "kept: 2 turns" in greeted and "again" not in greeted
-        assert "reading all" not in second.type(questions[2], "thought [0-9]+ tokens")
+        assert "reading all" not in second.type(questions[2], "thought [0-9,]+ tokens")
         assert timeless(said(chats / "kept")["turns"][2]) == timeless(uninterrupted), "as if nothing had come between"
         assert second.leave() == 0
     if cast is not None:
@@ -118,7 +118,7 @@ def test_a_pin_outlives_a_restart_and_an_edited_message_is_asked_anew(tmp_path, 
     editor = {"VISUAL": f"{sys.executable} {tmp_path}/editor.py"}
     with Terminal(tmp_path, "--max-tokens", "300", **editor) as chat:
         chat.prompt()
-        chat.type(questions[0], "thought [0-9]+ tokens")
+        chat.type(questions[0], "thought [0-9,]+ tokens")
         chat.type("/pin 0", r"block 0 \([0-9]+ tokens\) (is|was) .*it stays until /unpin 0")
         assert chat.leave() == 0
     last = tmp_path / "zoomr-local" / "chats" / "last"
@@ -128,7 +128,7 @@ def test_a_pin_outlives_a_restart_and_an_edited_message_is_asked_anew(tmp_path, 
         chat.child.send("and then?")
         chat.child.send("\x07")  # Ctrl-G
         chat.wait("Edited. and then")
-        chat.type("", "thought [0-9]+ tokens")
+        chat.type("", "thought [0-9,]+ tokens")
         assert "Pcells" in chat.type("/kv all", "P pinned"), "a thought that is pinned is not dropped with the others"
         assert [t["user"] for t in said(last)["turns"]] == [questions[0], "Edited. and then?"] and said(last)["pinned"] == [0]
         text = chat.type("/edit", "reading all")
