@@ -84,10 +84,15 @@ class Page:
             self._receive(end)
 
     def run(self, script: str):
-        """The value of a JavaScript expression in the page."""
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of a JavaScript expression in the page, or what it promises."""
+        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
+
+    def met(self, selector: str) -> None:
+        """Return once there is such an element: a page hears some events a moment after they happened."""
+        look = f"document.querySelector({json.dumps(selector)}) ? done() : setTimeout(look, 20)"
+        self.run(f"new Promise(done => {{ const look = () => {look}; look(); }})")
 
     def click(self, selector: str) -> None:
         """A real click with the mouse in the middle of the element."""

@@ -235,6 +235,7 @@ def test_pointing_at_a_head_says_its_tokens_and_its_budget(made, shown):
     shown.run("(s => { s.value = '1'; s.dispatchEvent(new Event('change')) })(document.querySelector('h3 select'))")
     assert stretches(shown, 1)[-1][3] == int(view_heads.scale_of(heads, "123456789").shade(last_row(heads["budgets"][2], 10**6)[2]))
     shown.click("section[aria-label='Layers and heads'] details summary")
+    shown.met(".scroll tr")
     cells = shown.run("[...document.querySelectorAll('.scroll tr')].map(r => [...r.children].map(c => c.textContent))")
     now = shown.run("shown.at")
     assert cells[0] == ["layer", "cells a head", "head 0", "head 1"] and len(cells) == 4
