@@ -55,6 +55,22 @@ def chat(tmp_path):
         yield Chat(engine, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def browser_process():
+    """One browser for a file's tests: starting one takes longer than anything they do with it."""
+    import browser
+
+    with browser.Page(browser.find()) as running:
+        yield running
+
+
+@pytest.fixture
+def shown(browser_process):
+    """That browser, with the window and the colours that tests begin with."""
+    browser_process.look()
+    return browser_process
+
+
 @pytest.fixture
 def foreground():
     """A shell's background jobs ignore SIGINT, and so may the tests' own process."""

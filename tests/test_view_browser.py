@@ -25,19 +25,6 @@ def made(tmp_path_factory):
     return folder / "v.html", found
 
 
-@pytest.fixture(scope="module")
-def process():
-    with browser.Page(browser.find()) as running:
-        yield running
-
-
-@pytest.fixture
-def shown(process):
-    """The one browser of these tests: starting one takes longer than anything they do with it."""
-    process.look()
-    return process
-
-
 def test_it_draws_and_a_click_shows_a_thought(made, shown):
     path, (drawn, full) = made
     shown.load(path)

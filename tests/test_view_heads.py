@@ -159,18 +159,6 @@ def test_solve_records_them_and_the_records_are_the_same(policy, tmp_path, monke
 
 
 @pytest.fixture(scope="module")
-def process():
-    with browser.Page(browser.find()) as running:
-        yield running
-
-
-@pytest.fixture
-def shown(process):
-    process.look()
-    return process
-
-
-@pytest.fixture(scope="module")
 def made(trace, tmp_path_factory):
     """A page of a per-head cache and, second, one of blocks."""
     folder = tmp_path_factory.mktemp("page")

@@ -105,15 +105,26 @@ def test_a_stop_ends_the_processes_and_keeps_what_is_written():
 
 
 class Endless(Echo):
-    def solve(self, problem, listener):
+    """As an engine in mid-step: what it steps through cannot be closed from inside the step."""
+
+    def __init__(self, started):
+        self.started, self.stream = started, self._steps()
+
+    def _steps(self):
+        self.started.touch()
         time.sleep(1000)
+        yield
+
+    def solve(self, problem, listener):
+        next(self.stream)
 
 
 @contextmanager
 def opened_endless(folder):
     path = folder / str(os.getpid())
-    path.touch()
-    yield Endless(None)
+    endless = Endless(path)
+    yield endless
+    endless.stream.close()
     path.unlink()
 
 

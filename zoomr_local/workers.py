@@ -25,10 +25,12 @@ OpenSolver = Callable[[], AbstractContextManager[Solver]]
 """Opens a model, an engine and a solver on them. It is sent to the processes, so it must be picklable."""
 
 _POLL_S = 0.2  # how long a stop can go unnoticed
+_CLOSE_S = 20.0  # how long a process that was told to go may take to close its engine
 
-_kept = ExitStack()  # these three are of a worker process
+_kept = ExitStack()  # these four are of a worker process
 _solver: Solver | None = None
 _failure: Exception | None = None
+_solving = False
 
 
 def solve_side_by_side(
@@ -107,19 +109,43 @@ def _start(open_solver: OpenSolver) -> None:
 def _follow() -> None:
     """End with the first process, however it ends: nobody would read this one's records."""
     parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+
+class _Told(BaseException):
+    """Unwinds a problem in the making; no Exception, so that it does not become the problem's record."""
 
 
 def _leave(number: int, frame: Any) -> None:
-    """Close the engine, which deletes its page files, and go; an exception would become the problem's result."""
-    _kept.close()
-    os._exit(128 + number)
+    """SIGTERM. An engine cannot be closed from inside its own step, so a problem in the making is unwound first."""
+    signal.signal(number, signal.SIG_IGN)  # a second one would cut the closing short
+    last = threading.Timer(_CLOSE_S, os._exit, (128 + number,))
+    last.daemon = True
+    last.start()
+    if _solving:
+        raise _Told
+    _go()
+
+
+def _go() -> None:
+    """Close the engine, which deletes its page files, and end this process, whatever the closing raises."""
+    try:
+        _kept.close()
+    finally:
+        os._exit(128 + signal.SIGTERM)
 
 
 def _solve(problem: Problem) -> dict[str, Any]:
+    global _solving
     if _solver is None:
         raise _failure or EngineError("this process has no solver")
-    record = _solver.solve(problem, _Deaf())
+    try:
+        _solving = True
+        record = _solver.solve(problem, _Deaf())
+    except _Told:
+        _go()
+    finally:
+        _solving = False
     if record is None:
         raise EngineError("a worker's solver was stopped")
     return record

@@ -96,8 +96,9 @@ class ClusterKV(HeadPolicy):
     def select(self, clusters: Clusters, queries: np.ndarray, budgets: np.ndarray, newest_tokens: int) -> ClusterSelection:
         """The clusters for one token's queries (float [n_head, d]) in each head's budget (int [n_kv_head]).
 
-        ``clusters`` and ``queries`` may be of several layers, one after the other. Clusters are taken by descending score until they fill what kept and newest tokens leave; of the last one the oldest
-        tokens stay. Of equal scores the cluster made first. O(n_head * C * d + n_kv_head * (C log C + n)).
+        ``clusters`` and ``queries`` may be of several layers, one after the other. Clusters are taken by descending
+        score until they fill what kept and newest tokens leave; of the last one the oldest tokens stay. Of equal
+        scores the cluster made first. O(n_head * C * d + n_kv_head * (C log C + n)).
         Raises ValueError if a budget does not hold kept and newest tokens.
         """
         fixed = len(clusters.kept) + newest_tokens
