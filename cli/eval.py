@@ -66,6 +66,8 @@ def evaluation(
     thought_min: Annotated[str | None, _listed(_COMPARE, "--thought-min", help="Least tokens of a thought that prompted and extractive cut.")] = None,
     pin_prompt: Annotated[str | None, _listed(_COMPARE, "--pin-prompt", help="Per-head policies: the prompt stays (on), or is evicted as the rest is (off). Default: on.")] = None,
     dense_layers: Annotated[str | None, _listed(_COMPARE, "--dense-layers", help="Policy clusterkv: so many first layers keep every token, paid for by the others. Default: 0.")] = None,
+    cluster_query: Annotated[str | None, _listed(_COMPARE, "--cluster-query", help="Policy clusterkv: a token's own query selects for it, which decodes it twice (own), or that of the token before (last). Default: own.")] = None,
+    clusters_added: Annotated[str | None, _listed(_COMPARE, "--clusters-added", help="Policy clusterkv: clusters for 320 generated tokens. Default: 32.")] = None,
     summary_max: Annotated[str | None, _listed(_COMPARE, "--summary-max", help="Most tokens the model writes in a prompted summary.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder of records and results. Default: MODEL.eval here.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away this grid's records and start again.")] = False,
@@ -110,16 +112,17 @@ def evaluation(
     paged = next((name for name in policies if name != "full"), "zoomr")
     budgets = [options.budget_tokens(part, path, paged, quiet, **planned) for part in _names("--kv-budget", kv_budget)]
     options.check_policies(policies, budgets, _numbers("--beacon-every", beacon_every) or [None], path, n_gpu_layers)
-    lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window, "summary_rows": summary_rows, "beacon_every": beacon_every, "thought_min": thought_min, "summary_max": summary_max, "dense_layers": dense_layers}
+    lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window, "summary_rows": summary_rows, "beacon_every": beacon_every, "thought_min": thought_min, "summary_max": summary_max, "dense_layers": dense_layers, "clusters_added": clusters_added}
     heads.check_calibrated(policies, path)
     pins = [] if pin_prompt is None else [heads.pinned(part) for part in _names("--pin-prompt", pin_prompt)]
+    queries = [] if cluster_query is None else _names("--cluster-query", cluster_query)
     modes = [] if summaries is None else _names("--summaries", summaries)
     if modes:
         ways.check(modes, policies, path, quiet)
     tiers = options.tiers(kv_ram, kv_disk, kv_dir, kv_page_type, on_full, wait_for_disk)
     share = threads or (1 if jobs > 1 else options.thread_count(None, path))
     base = EngineConfig(kv_type=kv_type, flash_attn=flash_attn, threads=share, sinks=sinks, seed=seed, **tiers)
-    cells = grid(problems.families, policies, budgets, base, {**_choices(lists, vote_layers), "summaries": modes, "pin_prompt": pins})
+    cells = grid(problems.families, policies, budgets, base, {**_choices(lists, vote_layers), "summaries": modes, "pin_prompt": pins, "cluster_query": queries})
     folder = output or Path(f"{path.stem}.eval")
     sampling = SamplingParams(temperature=temp, seed=seed)
     traces = {} if trace is None else eval_trace.files(trace, cells, problems, trace_problems)

@@ -27,6 +27,20 @@ DenseLayers = Annotated[
 ]
 
 
+ClusterQuery = Annotated[
+    str,
+    typer.Option(
+        "--cluster-query", metavar="own|last", rich_help_panel="KV cache",
+        help="Policy clusterkv: a token's own query selects for it, which decodes it twice (own), or that of the token before (last).",
+    ),  # fmt: skip
+]
+
+ClustersAdded = Annotated[
+    int,
+    typer.Option("--clusters-added", metavar="N", rich_help_panel="KV cache", help="Policy clusterkv: clusters for 320 generated tokens. The paper's code has 8."),
+]
+
+
 def pinned(text: str) -> bool:
     """``on`` or ``off``. Raises UsageError for other text."""
     if text not in ("on", "off"):

@@ -12,8 +12,9 @@ from typing import Any
 Get = Callable[[str], Any]
 """The value of a setting by its name: as typed, else as set, else the default; None where the command has no such flag."""
 
+CLUSTER_KEYS = ("dense-layers", "cluster-query", "clusters-added")
 KEYS = frozenset({
-    "vote-by", "checkpoint-every", "stop", "pin-prompt", "dense-layers", "think-budget", "kv-type", "kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk",
+    "vote-by", "checkpoint-every", "stop", "pin-prompt", *CLUSTER_KEYS, "think-budget", "kv-type", "kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk",
 })  # fmt: skip
 _TIERS = ("kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk")
 
@@ -36,7 +37,7 @@ def unused(keys: Collection[str], get: Get) -> dict[str, str]:
     elif _is_one_policy(get("policy")):
         found |= dict.fromkeys(_TIERS, "") | dict.fromkeys(("think-budget", "kv-type"), f"policy {get('policy')} has no use for it")
     if not _any_policy(get("policy"), lambda kind: kind.unit == "head" and kind.recalls):
-        found["dense-layers"] = ""
+        found |= dict.fromkeys(CLUSTER_KEYS, "")
     else:
         found.pop("kv-ram", None)
     if get("kv-type") not in (None, "f16") and "kv-type" not in found:

@@ -77,6 +77,8 @@ def solve(
     beacon_every: options.BeaconEvery = None,
     pin_prompt: heads.PinPrompt = "on",
     dense_layers: heads.DenseLayers = 0,
+    cluster_query: heads.ClusterQuery = "own",
+    clusters_added: heads.ClustersAdded = 32,
     sinks: options.Sinks = 4,
     max_tokens: options.MaxTokens = 4096,
     think_budget: flags.ThinkBudget = None,
@@ -121,7 +123,7 @@ def solve(
         zoomed_blocks=zoomed_blocks, window=window, vote_window=vote_window,
         vote_layers=options.layer_list(vote_layers), summary_rows=summary_rows, beacon_every=beacon_every,
         sinks=sinks, seed=seed, summaries=summaries, thought_min=thought_min, summary_max=summary_max, pin_prompt=pinned,
-        dense_layers=dense_layers, **tiers,
+        dense_layers=dense_layers, cluster_query=cluster_query, clusters_added=clusters_added, **tiers,
     )  # fmt: skip
     grammar = None if held is None else held.grammar
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()), grammar)

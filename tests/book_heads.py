@@ -35,6 +35,10 @@ class HeadContext(BookContext):
             self.heads.add(position)
         self.next_position = positions[-1] + 1
 
+    def seq_rm(self, seq, p0, p1) -> bool:
+        self.heads.remove(p0)
+        return super().seq_rm(seq, p0, p1)
+
 
 class BookHeads:
     """`HeadStore` with made-up queries, keys and weights: seeded noise, and every key the same for ever."""
@@ -53,6 +57,10 @@ class BookHeads:
             for head in row:
                 head[np.flatnonzero(head < 0)[0]] = position
             assert (row >= 0).sum() <= KV_HEADS * self.layer_cells[layer]
+
+    def remove(self, first) -> None:
+        for row in self._positions:
+            row[row >= first] = -1
 
     def clear(self) -> None:
         for row in self._positions:

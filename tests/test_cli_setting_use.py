@@ -97,7 +97,7 @@ def test_what_would_have_changed_something_is_said_with_its_place(engine, capsys
 def test_every_key_that_is_looked_at_is_a_setting():
     known = {key for keys in registry(typer.main.get_command(app)).values() for key in keys}
     assert KEYS <= known
-    assert set(unused(KEYS, lambda key: None)) == {"vote-by", "checkpoint-every", "pin-prompt", "dense-layers"}
+    assert set(unused(KEYS, lambda key: None)) == {"vote-by", "checkpoint-every", "pin-prompt", "dense-layers", "cluster-query", "clusters-added"}
 
 
 def test_policies_of_a_list_are_known_behind_spaces():

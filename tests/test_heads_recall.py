@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from test_heads_engine import BUDGET, long_reply, play, short, tokens  # noqa: F401
 
-from zoomr_local import heads_setup
+from zoomr_local.cluster_generation import ClusterGeneration
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import BudgetError, StorageError, UsageError
 from zoomr_local.events import Finished, HeadsEvicted, HeadsRecalled, PromptProgress, TokenDecoded
-from zoomr_local.policies.heads import HeadSettings
 from zoomr_local.policies.heads.kmeans import draw_first
 from zoomr_local.sampling import SamplingParams
 
@@ -38,14 +37,36 @@ def test_with_cells_for_everything_tokens_and_logits_are_those_of_full(model, pr
         np.testing.assert_allclose(found, expected, atol=0.05)
 
 
+def test_a_token_that_is_only_tried_leaves_nothing_behind(model, prompt, monkeypatch):
+    """With cells for everything, so that nothing else differs: the same tokens and logits, bit for bit, as if none had been tried."""
+    def logits_of():
+        rows = []
+        watch = lambda engine, event: isinstance(event, TokenDecoded) and rows.append(engine.context.logits().copy())  # noqa: E731
+        return tokens(play(model, short(prompt), "clusterkv", 256, 40, watch)), rows
+
+    plain, expected = logits_of()
+    step, held = ClusterGeneration.step, []
+
+    def trying(self, token, fed, text):
+        for other in (token, (token + 1) % 300):
+            self.cache.try_token(other, len(self.timeline))
+        held.append((self.cache.held == len(self.timeline)).all() and max((self.heads.positions(i).max()) for i in range(4)) == len(self.timeline) - 1)
+        yield from step(self, token, fed, text)
+
+    monkeypatch.setattr(ClusterGeneration, "step", trying)
+    same, found = logits_of()
+    assert same == plain and len(held) >= 30 and all(held)
+    np.testing.assert_array_equal(found, expected)
+
+
 # ---------------------------------------------------------------- what is kept
 
 
 class Watcher:
     """Every token's rows and its query when it was decoded, and what each selection was; from outside."""
 
-    def __init__(self, model_keeps, window, prompt_tokens, added):
-        self.added = added
+    def __init__(self, model_keeps, window, prompt_tokens, added, own):
+        self.added, self.own, self.decodes = added, own, []
         self.keeps, self.window, self.prompt_tokens = model_keeps, window, prompt_tokens
         self.rows, self.keys, self.queries, self.asked, self.wanted, self.history = {}, {}, {}, 0, {}, {}
 
@@ -57,6 +78,7 @@ class Watcher:
         def watched(batch, first, logits):
             self.check_held()
             decode(batch, first, logits)
+            self.decodes.append((first, logits))
             self.decoded(first, first + len(batch))
 
         engine.generation.cache.decode = watched
@@ -115,7 +137,9 @@ class Watcher:
         now, store = len(self.engine.sequence), self.store
         self.asked += 1
         start = self.pieces(now)[1]
-        assert newest == now + 1 - start and layers == list(range(store.n_layers))
+        assert newest == now + 1 + self.own - start and layers == list(range(store.n_layers))
+        tried = self.own and self.asked > 1
+        assert self.decodes[-1] == ((now, "none") if tried else (now - 1, "last")), "whose query selects"
         group = store.n_head // store.n_head_kv
         for row in range(store.n_layers * store.n_head_kv):
             layer, head = divmod(row, store.n_head_kv)
@@ -130,13 +154,13 @@ class Watcher:
             self.wanted[layer, head] = set(self.keeps) | {positions[i] for i in chosen} | set(range(start, now))
 
 
-@pytest.mark.parametrize(("pin", "added"), [(True, 8), (False, 8), (False, 40)], ids=["pinned", "unpinned", "many clusters"])
-def test_on_a_real_run_every_layer_and_head_holds_what_the_reference_selects(model, prompt, long_reply, monkeypatch, pin, added):  # noqa: F811
-    monkeypatch.setattr(heads_setup, "HeadSettings", lambda **chosen: HeadSettings(**chosen, clusters_added=added))
+@pytest.mark.parametrize(("pin", "added", "query"), [(True, 8, "last"), (False, 8, "own"), (False, 40, "own"), (True, 32, "own")], ids=str)
+def test_on_a_real_run_every_layer_and_head_holds_what_the_reference_selects(model, prompt, long_reply, pin, added, query):  # noqa: F811
     first = short(prompt)[:60]
     keeps = range(60 if pin else 16)
-    seen = Watcher(keeps, (BUDGET - len(keeps)) // 2, 60, added)
-    events = play(model, first, "clusterkv", BUDGET, 150, begun=seen.begun, pin_prompt=pin)
+    own = query == "own"
+    seen = Watcher(keeps, (BUDGET - len(keeps) - own) // 2, 60, added, own)
+    events = play(model, first, "clusterkv", BUDGET, 150, begun=seen.begun, pin_prompt=pin, cluster_query=query, clusters_added=added)
     done = events[-1].cache
     selections = sum(len(e.layers) for e in events if isinstance(e, HeadsEvicted))
     assert seen.asked == done.refreshes >= 50 and selections >= 100 and len(seen.wanted) == 8
@@ -172,7 +196,7 @@ def test_with_a_refresh_of_n_there_is_a_selection_every_n_tokens(model, prompt, 
 # ---------------------------------------------------------------- cells and bytes
 
 
-@pytest.mark.parametrize("more", [{}, {"pin_prompt": False}, {"flash_attn": False}, {"refresh": 7}, {"dense_layers": 1}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"pin_prompt": False}, {"flash_attn": False}, {"refresh": 7}, {"dense_layers": 1}, {"cluster_query": "last"}], ids=str)
 def test_bytes_are_the_uniform_caches_and_no_head_ever_holds_more_than_its_share(model, prompt, long_reply, more):  # noqa: F811
     """Over a prompt longer than the budget, so that it is read in pieces, and clustered and paged between them."""
     dense = more.get("dense_layers", 0)
@@ -202,7 +226,7 @@ def test_bytes_are_the_uniform_caches_and_no_head_ever_holds_more_than_its_share
 
 def test_too_many_dense_layers_are_refused_with_a_budget_that_suffices(model, prompt):
     first = short(prompt)[:60]
-    with pytest.raises(BudgetError, match=r"--dense-layers 2: 2 of 4 layers with all 561 tokens and 62 .* 1246 .* --kv-budget 128 has 512; take --kv-budget 312, "):
+    with pytest.raises(BudgetError, match=r"--dense-layers 2: 2 of 4 layers with all 561 tokens and 63 .* 1248 .* --kv-budget 128 has 512; take --kv-budget 312, "):
         play(model, first, "clusterkv", BUDGET, 501, dense_layers=2)
     events = play(model, first, "clusterkv", 312, 501, watch=lambda engine, _: engine.cancel(), dense_layers=2)
     assert events[-1].cache.layer_cells == (561, 561, 63, 63)

@@ -46,6 +46,9 @@ def test_flags_without_a_meaning_are_refused_by_name(problems, tmp_path, capsys)
         (["--checkpoint", str(tmp_path / "c")], "--checkpoint has no meaning"),
         (["--policy", "rkv", "--kv-ram", "2GiB"], "--kv-ram has no meaning for policy rkv: nothing is stored"),
         (["--policy", "zoomr", "--dense-layers", "1"], "--dense-layers 1 means nothing to policy zoomr; it is for clusterkv"),
+        (["--policy", "rkv", "--cluster-query", "last"], "--cluster-query last means nothing to policy rkv; it is for clusterkv"),
+        (["--cluster-query", "next"], "--cluster-query next: choose one of last, own"),
+        (["--clusters-added", "0"], "--clusters-added 0: must be at least 1"),
     ):
         assert main(["solve", str(problems), "-o", str(tmp_path / "no.jsonl"), *FLAGS, *more]) == 2
         assert said in capsys.readouterr().err

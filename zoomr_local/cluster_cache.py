@@ -73,6 +73,13 @@ class RecallCache(HeadCache):
         if self.tier is not None:
             self.tier.close()
 
+    def try_token(self, token: int, position: int) -> None:
+        """Decode a token for its queries alone: the store has them then, and no cell has it. ``position`` is the next one."""
+        self.decode([token], position, "none")
+        self.context.seq_rm(self.sequence, position, -1)
+        self.held -= 1
+        self._recount()
+
     def exchange(self, layer: int, wanted: np.ndarray) -> tuple[int, int]:
         """Let each head of a layer hold ``wanted``, bool [n_head_kv, n] by position, of the n tokens there are.
 

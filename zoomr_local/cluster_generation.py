@@ -3,7 +3,8 @@
 Only `engine.py` makes these. Before a token is decoded, every layer that does not hold everything selects clusters by the query
 of the last decoded token, and cells are exchanged with the tier until each head holds what is kept, what is not clustered yet, and its
 selection. In the paper the token's own query selects, in the middle of each layer; here all layers select together between two decodes, a
-token late, so that no layer waits for the host.
+token late, so that no layer waits for the host. With the setting ``cluster_query`` "own" a token that selects is decoded twice: once on the
+cells as they are, for its queries, and again on those that they select. Its queries are then off by what the layers below attended to.
 
 While everything fits, nothing is clustered and nothing selected. Which tokens are clustered together does not depend on
 that: pieces are noted when they are whole, and clustered when the first selection needs them.
@@ -17,6 +18,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from .cluster_cache import RecallCache
+from .dialects import Fed
 from .errors import BudgetError
 from .events import CacheStats, Event, HeadsEvicted, HeadsRecalled
 from .heads_generation import HeadGeneration
@@ -38,7 +40,8 @@ class ClusterGeneration(HeadGeneration):
         self._pin_prompt()
         heads, tokens, s = self.heads, self.cells.layer_tokens, self.policy.settings
         length_tokens = len(self.prompt) + self.max_tokens
-        self._reserved = self.policy.kept_tokens(len(self.prompt), self.timeline.pinned)
+        self._twice = s.cluster_query == "own"
+        self._reserved = self.policy.kept_tokens(len(self.prompt), self.timeline.pinned) + self._twice
         self._selecting = np.flatnonzero(tokens < length_tokens).tolist()
         self._window = length_tokens
         if self._selecting:
@@ -62,7 +65,12 @@ class ClusterGeneration(HeadGeneration):
     def _observe(self) -> None:
         """The last token's query is read when it selects, which is before the next decode."""
 
-    def _make_room(self, n_tokens: int) -> Iterator[Event]:
+    def step(self, token: int, fed: Fed, text: str) -> Iterator[Event]:
+        yield from self._make_room(1, token)
+        self._decode_token(token)
+
+    def _make_room(self, n_tokens: int, token: int | None = None) -> Iterator[Event]:
+        """``token``: the one that comes, if it is one."""
         now = len(self.timeline)
         if not self._prompt_left:
             if self._open < len(self.prompt):
@@ -76,7 +84,9 @@ class ClusterGeneration(HeadGeneration):
             if self._prompt_left:
                 self._close(now)
             self._next_selection = now + self.policy.settings.select_every_tokens
-            yield from self._select(max(n_tokens, self._ahead))
+            if self._twice and token is not None and self.cache.free_tokens:  # none before the first selection
+                self.cache.try_token(token, now)
+            yield from self._select(max(n_tokens, self._ahead) + self._twice)
 
     def _close(self, stop: int) -> None:
         """From here on the tokens that came since the last piece are one; whatever comes belongs to the next."""

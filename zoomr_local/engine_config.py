@@ -13,10 +13,11 @@ from .dialects import LEAST_SUMMARY_MAX, LEAST_THOUGHT_TOKENS, MODES
 from .errors import BudgetError, UsageError
 from .plan import MIN_BUDGET_TOKENS
 from .policies import POLICIES, Settings
+from .policies.heads import CLUSTER_CHOICES, CLUSTER_QUERIES
 from .tiers import PAGE_TYPES
 
 FLAG_LEAST = {"refresh": 1, "votes_per_head": 0, "zoomed_blocks": 0, "window": 0, "vote_window": 1, "summary_rows": 1,
-              "beacon_every": 1, "batch": 1, "sinks": 0, "dense_layers": 0, "threads": 1, "kv_ram": 0, "kv_disk": 0,
+              "beacon_every": 1, "batch": 1, "sinks": 0, "dense_layers": 0, "clusters_added": 1, "threads": 1, "kv_ram": 0, "kv_disk": 0,
               "thought_min": LEAST_THOUGHT_TOKENS, "summary_max": LEAST_SUMMARY_MAX}
 
 ON_FULL = ("drop", "stop", "error")
@@ -44,7 +45,8 @@ class EngineConfig:
     a thought that is cut in the modes prompted and extractive, ``summary_max`` the most that a model writes in a prompted summary.
 
     ``pin_prompt`` off: per-head policies may evict the prompt too, as their papers do; the others have no such choice.
-    ``dense_layers``: so many first layers hold everything under ``clusterkv``, paid for by the others.
+    ``dense_layers``: so many first layers hold everything under ``clusterkv``, paid for by the others. ``cluster_query``: what selects
+    there for a token, its "own" query or that of the "last" one; ``clusters_added``: clusters for 320 generated tokens.
     """
 
     policy: str = "zoomr"
@@ -74,6 +76,8 @@ class EngineConfig:
     summary_max: int | None = None
     pin_prompt: bool = True
     dense_layers: int = 0
+    cluster_query: str = "own"
+    clusters_added: int = 32
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -87,8 +91,12 @@ class EngineConfig:
         if not self.pin_prompt and POLICIES[self.policy].unit != "head":
             heads = ", ".join(name for name, policy in POLICIES.items() if policy.unit == "head")
             raise UsageError(f"--pin-prompt off means nothing to policy {self.policy}; it is for {heads}")
-        if self.dense_layers > 0 and self.policy != "clusterkv":
-            raise UsageError(f"--dense-layers {self.dense_layers} means nothing to policy {self.policy}; it is for clusterkv")
+        for name in CLUSTER_CHOICES if self.policy != "clusterkv" else ():
+            value = getattr(self, name)
+            if value != getattr(EngineConfig, name):
+                raise UsageError(f"--{name.replace('_', '-')} {value} means nothing to policy {self.policy}; it is for clusterkv")
+        if self.cluster_query not in CLUSTER_QUERIES:
+            raise UsageError(f"--cluster-query {self.cluster_query}: choose one of {', '.join(CLUSTER_QUERIES)}")
         if self.policy != "full" and self.kv_budget < MIN_BUDGET_TOKENS:
             raise BudgetError(f"--kv-budget {self.kv_budget}: at least {MIN_BUDGET_TOKENS} tokens are needed")
         if self.kv_page_type not in PAGE_TYPES:
@@ -106,13 +114,14 @@ class EngineConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
     def asked(self) -> dict[str, Any]:
-        """What changes results, for a manifest: threads and folders are left out, and how thoughts become blocks, whether the
-        prompt is pinned and dense layers unless they were chosen, so that records of versions without that choice are still known."""
+        """What changes results, for a manifest: threads and folders are left out. So is what versions without a choice did (how thoughts
+        become blocks, whether the prompt is pinned, what clusterkv has), so that their records are still known."""
         found = asdict(self)
         for name in ("threads", "kv_dir"):
             del found[name]
-        for name, unchosen in (("summaries", "auto"), ("thought_min", None), ("summary_max", None), ("pin_prompt", True), ("dense_layers", 0)):
-            if found[name] == unchosen:
+        before = {"summaries": "auto", "thought_min": None, "summary_max": None, "pin_prompt": True, "dense_layers": 0, "cluster_query": "last", "clusters_added": 8}
+        for name, unchosen in before.items():
+            if found[name] == unchosen or name in CLUSTER_CHOICES and self.policy != "clusterkv":
                 del found[name]
         return found
 

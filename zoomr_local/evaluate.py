@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UsageError
 from .journal import Journal, Manifest, record_key
 from .policies import POLICIES
+from .policies.heads import CLUSTER_CHOICES
 from .sampling import SamplingParams
 from .sizes import counted
 from .solve import Listener, Problem, Solver, Tally, read_problems, solve_all
@@ -38,7 +39,7 @@ REFERENCE = "full"
 """The policy that the others are paired with."""
 
 _OF_BLOCKS = ("summaries", "thought_min", "summary_max")
-_NAMED = ("summaries", "pin_prompt", "dense_layers")
+_NAMED = ("summaries", "pin_prompt", *CLUSTER_CHOICES)
 
 _ROUND_TOKENS = 256  # reply limits are multiples of this, so that wording that shifts a trace by a word moves none
 
@@ -169,8 +170,9 @@ def grid(
 
     ``choices`` maps a field of EngineConfig to the values to try; a policy runs with every combination of those that mean
     something to it (``beacon_every`` where there are beacons, those about summaries where there are blocks, ``pin_prompt``
-    under per-head policies, ``dense_layers`` and ``refresh`` under `clusterkv`, the others where votes are taken). A field with one
-    value is set but not compared, except for ``summaries``, ``pin_prompt`` and ``dense_layers``, which name a cell whenever they are given. Raises UsageError (BudgetError) for settings the engine refuses.
+    under per-head policies, CLUSTER_CHOICES and ``refresh`` under `clusterkv`, the others where votes are taken). A field with one
+    value is set but not compared, except for ``summaries``, ``pin_prompt`` and CLUSTER_CHOICES, which name a cell whenever they are given.
+    Raises UsageError (BudgetError) for settings the engine refuses.
     """
     given = {name: list(dict.fromkeys(values)) for name, values in (choices or {}).items() if values}
     ordered = sorted(dict.fromkeys(policies), key=lambda name: name != REFERENCE)
@@ -192,7 +194,7 @@ def _concerns(setting: str, policy: str) -> bool:
     if setting in own:
         return POLICIES[policy].unit == own[setting]
     recalls = POLICIES[policy].unit == "head" and POLICIES[policy].recalls
-    if setting == "dense_layers" or setting == "refresh" and recalls:
+    if setting in CLUSTER_CHOICES or setting == "refresh" and recalls:
         return recalls
     return POLICIES[policy].unit == "block" if setting in _OF_BLOCKS else POLICIES[policy].uses_votes
 

@@ -30,17 +30,18 @@ def head_policy(model: Model, config: EngineConfig) -> HeadPolicy:
     """
     kind = POLICIES[config.policy]
     settings = HeadSettings(
-        pin_prompt=config.pin_prompt, seed=config.seed, dense_layers=config.dense_layers, select_every_tokens=config.refresh or 1
+        pin_prompt=config.pin_prompt, seed=config.seed, dense_layers=config.dense_layers, select_every_tokens=config.refresh or 1,
+        cluster_query=config.cluster_query, clusters_added=config.clusters_added,
     )  # fmt: skip
     return kind(settings, calibrations.find(model.path)) if kind.calibrated else kind(settings)
 
 
 def reserved_tokens(prompt_tokens: int, budget_tokens: int, policy: HeadPolicy) -> int:
     """What every layer must hold: what is pinned of a prompt and the tokens whose queries vote, or beside what is kept under a
-    policy that recalls, a token and a selected one."""
+    policy that recalls, a token and a selected one, and one that is tried."""
     pinned = pinned_ranges(prompt_tokens, budget_tokens, policy)
     if policy.recalls:
-        return policy.kept_tokens(prompt_tokens, pinned) + 2
+        return policy.kept_tokens(prompt_tokens, pinned) + 2 + (policy.settings.cluster_query == "own")
     return sum(stop - start for start, stop in pinned) + policy.settings.observation_tokens
 
 

@@ -13,12 +13,12 @@ from .h2o import H2O, Accumulated
 from .pyramid import Pyramid
 from .reasonalloc import ReasonAlloc
 from .rkv import Rkv
-from .settings import HeadSettings
+from .settings import CLUSTER_CHOICES, CLUSTER_QUERIES, HeadSettings
 from .snapkv import SnapKV
 
 HEAD_POLICIES: dict[str, type[HeadPolicy]] = {p.name: p for p in (ClusterKV, SnapKV, H2O, Rkv, Pyramid, ReasonAlloc)}
 
 __all__ = [
-    "HEAD_POLICIES", "Accumulated", "Calibration", "ClusterCache", "ClusterKV", "ClusterSelection", "Clusters", "HeadPolicy",
-    "HeadSettings", "KeepBest", "LayerView",
+    "CLUSTER_CHOICES", "CLUSTER_QUERIES", "HEAD_POLICIES", "Accumulated", "Calibration", "ClusterCache", "ClusterKV", "ClusterSelection", "Clusters",
+    "HeadPolicy", "HeadSettings", "KeepBest", "LayerView",
 ]  # fmt: skip

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 GROUP_POOLS = ("logits", "weights")
 CLUSTER_GROUPS = ("mean", "max")
+CLUSTER_QUERIES = ("last", "own")
+
+CLUSTER_CHOICES = ("dense_layers", "cluster_query", "clusters_added")
+"""Settings of `clusterkv` that a user may choose."""
 
 DECIMALS = 12
 """Scores are compared rounded to so many places: which of two equal tokens stays must not depend on the order in which
@@ -55,7 +59,8 @@ class HeadSettings:
     for so many prompt tokens (L/80, inferred from the code's 400 clusters for 32,000). ``cluster_cache_steps``: R (1 and 2
     in the paper, second-hand). ``cluster_group``: how the query heads of a KV head score together; "mean" is the code's
     `qavg`. Its default there is a selection for every query head, which a cell per KV head cannot hold. ``select_every_tokens``:
-    a selection after so many; in the code after each.
+    a selection after so many; in the code after each. ``cluster_query``: whose query selects for a token; "own" is the
+    code's, "last" that of the token before.
     """
 
     pin_prompt: bool = True
@@ -84,6 +89,7 @@ class HeadSettings:
     cluster_cache_steps: int = 1
     cluster_group: str = "mean"
     select_every_tokens: int = 1
+    cluster_query: str = "own"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number outside its range."""
@@ -101,6 +107,6 @@ class HeadSettings:
             raise ValueError(f"pool_tokens is {self.pool_tokens}, must be odd: as many neighbours on either side")
         if not -1 <= self.similarity_threshold <= 1:
             raise ValueError(f"similarity_threshold is {self.similarity_threshold}, must be from -1 to 1: it is a cosine")
-        for name, known in (("group_pool", GROUP_POOLS), ("cluster_group", CLUSTER_GROUPS)):
+        for name, known in (("group_pool", GROUP_POOLS), ("cluster_group", CLUSTER_GROUPS), ("cluster_query", CLUSTER_QUERIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
