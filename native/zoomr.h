@@ -206,7 +206,8 @@ struct zoomr_heads_moved {
 
 // a layer at once: of the first n_pos positions each head then holds those that are wanted ([n_head_kv][n_pos], 0 or 1) and no others. rows
 // ([n_head_kv][n_rows][cell_bytes], by position, each K then V) takes what leaves, unless stored ([n_head_kv][n_rows], 0 or 1; set by this) says
-// that it is there, and gives what comes. nothing changes unless all of it is stored and fits
+// that it is there, and gives what comes. nothing changes unless all of it is stored and fits. who decodes a position again must say that it
+// is not stored
 LLAMA_API int32_t zoomr_heads_exchange(struct zoomr_heads * heads, uint32_t layer, const uint8_t * wanted, size_t n_pos, uint8_t * stored, void * rows, size_t n_rows, struct zoomr_heads_moved * moved);
 
 // whether the next decodes observe (at first they do); changing it rebuilds the graph once

@@ -50,10 +50,11 @@ def test_the_kl_is_the_teachers_surprise_at_the_student():
     replies, rates = replies_of(teacher), [4, 8, 4]
     ids, row, at = breadcrumbs._told(replies)
     p = teacher.logits(teacher(ids)[0][row, at - 1]).log_softmax(-1)
-    q = breadcrumbs.student_scores(student, replies, rates)[:, :BEACON]
+    scores = breadcrumbs.student_scores(student, replies, rates)
+    q = scores[:, :BEACON]
     loss, agree = breadcrumbs.distillation_loss(student, teacher, replies, rates)
     assert torch.allclose(loss, (p.exp() * (p - q)).sum(1).mean(), rtol=1e-4)
-    assert agree == pytest.approx((p.argmax(1) == q.argmax(1)).float().mean().item())
+    assert agree == pytest.approx((p.argmax(1) == scores.argmax(1)).float().mean().item())
 
 
 def test_advantages_compare_replies_to_one_problem():
@@ -216,6 +217,18 @@ def test_the_warm_up_draws_every_rate_under_the_mask(tmp_path, monkeypatch):
     assert {a[6] for a in seen} == {4, 8} and {a[5] for a in seen} == {"beacons"} and {a[4] for a in seen} == {True}
 
 
+def test_rollouts_have_lengths_of_their_own_and_reference_traces_beside_them(tmp_path, monkeypatch):
+    crumbs = replace(CRUMBS, warm_up=0, thoughts={"series": (3, 3)}, references=2)
+    drawn, beside = [], []
+    generate, batch = breadcrumbs.generate, run.task_batch
+    monkeypatch.setattr(breadcrumbs, "generate", lambda *a: (drawn.append((a[0], a[3])), generate(*a))[1])
+    monkeypatch.setattr(run, "task_batch", lambda *a: (beside.append((a[1], a[2])), batch(*a))[1])
+    made = fresh(tmp_path, replace(PLAN, breadcrumbs=crumbs))
+    report = breadcrumbs.take_step(made, Random(0))
+    assert drawn == [("series", 3)] and len(beside) == 2 and all(thoughts <= 2 for _, thoughts in beside)
+    assert report["thoughts"] == 3 and report["reference"] > 0 and "right" in report
+
+
 class Interrupted(Exception):
     pass
 
@@ -228,7 +241,7 @@ def end_even(reply, problem):
 @pytest.mark.parametrize("mode", ["joint", "distill"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(breadcrumbs, "is_right", end_even)
-    plan = replace(PLAN, breadcrumbs=replace(CRUMBS, mode=mode))
+    plan = replace(PLAN, breadcrumbs=replace(CRUMBS, mode=mode, references=1))
     whole = fresh(tmp_path / "whole", plan)
     run.loop(whole, breadcrumbs.take_step, lambda step: True)
 
@@ -277,6 +290,8 @@ temperature = 1.0
 slack = 0.3
 clip = 0.2
 policy_lr = 1e-3
+references = 1
+thoughts = { series = [1, 1] }
 [shape]
 layers = 2
 width = 64
@@ -312,7 +327,7 @@ def test_a_command_trains_and_another_measures(folder, name, capsys, monkeypatch
     out = folder / name
     breadcrumbs.main([str(folder / f"{name}.toml"), str(out), "--start", str(folder / "plain.pt")])
     lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [1, 2, 3] and "loss" in lines[0] and all(x["kl"] > 0 for x in lines[1:])
+    assert [x["step"] for x in lines] == [1, 2, 3] and "loss" in lines[0] and all(x["kl"] > 0 and x["thoughts"] == 1 and x["reference"] > 0 for x in lines[1:])
     assert all(("used" in x) is (name == "joint") for x in lines[1:])
     assert (out / "loss.png").stat().st_size > 1000
     net, state = export.load_network(out / "checkpoint.pt")

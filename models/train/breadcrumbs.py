@@ -28,6 +28,8 @@ not say (to us) what follows; chosen here:
   has one network a rate.
 - A supervised warm-up (`warm_up` steps on reference traces under the beacon mask) before the first rollout, in either mode. The paper starts from a
   pretrained model and has none; here a beacon begins as one new embedding row that means nothing, and reference traces cost no sampling.
+- Rollouts are of shorter problems than those that are evaluated, as their tokens are sampled one after the other on two cores. So that long traces
+  are not forgotten meanwhile, each rollout step is followed by `references` supervised ones of the stage's lengths, in either mode.
 """
 
 from __future__ import annotations
@@ -247,9 +249,10 @@ def improve(run: BreadcrumbsRun, replies: Sequence[Reply], advantages: Tensor, r
 
 def rollout_step(run: BreadcrumbsRun, rng: Random) -> dict:
     """Draw problems, let the policy answer, distill, and improve the policy if the mode says so; returns what the log says of it."""
-    recipe, stage = run.recipe, run.recipe.stage(run.progress)
-    family = sorted(stage.thoughts)[run.step % len(stage.thoughts)]
-    thoughts = Random(f"{recipe.seed}/{run.step}").randint(*stage.thoughts[family])  # processes wait for each other, so all draw one length
+    recipe = run.recipe
+    spans = recipe.breadcrumbs.thoughts or recipe.stage(run.progress).thoughts
+    family = sorted(spans)[run.step % len(spans)]
+    thoughts = Random(f"{recipe.seed}/{run.step}").randint(*spans[family])  # processes wait for each other, so all draw one length
     problems = generate(family, recipe.breadcrumbs.problems, rng.getrandbits(48), thoughts, "train")
     replies, rewards = roll_out(run.policy.net, problems, recipe, rng)
     report = {
@@ -263,8 +266,13 @@ def rollout_step(run: BreadcrumbsRun, rng: Random) -> dict:
 
 
 def take_step(run: BreadcrumbsRun, rng: Random) -> dict:
-    """One step: supervised during the warm-up, with rollouts after it."""
-    return train_step(run, rng) if run.step < run.recipe.breadcrumbs.warm_up else rollout_step(run, rng)
+    """One step: supervised during the warm-up, with rollouts and supervised ones beside them after it."""
+    crumbs = run.recipe.breadcrumbs
+    if run.step < crumbs.warm_up:
+        return train_step(run, rng)
+    report = rollout_step(run, rng)
+    losses = [train_step(run, rng)["loss"] for _ in range(crumbs.references)]
+    return report | ({"reference": float(np.mean(losses))} if losses else {})
 
 
 def train(recipe: Recipe, out: Path, start: Network | None = None) -> None:

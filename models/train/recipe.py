@@ -40,7 +40,8 @@ class Breadcrumbs:
 
     mode: `joint`, or `distill`, in which the policy stays as it began; warm_up: supervised steps before the first rollout;
     problems and samples: of a step with rollouts, all of one family and length; slack: most tokens of a reply, in reference traces;
-    clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply.
+    clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply;
+    thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step.
     """
 
     mode: str
@@ -52,6 +53,8 @@ class Breadcrumbs:
     clip: float
     policy_lr: float
     only_right: bool = False
+    thoughts: dict[str, tuple[int, int]] | None = None
+    references: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -104,15 +107,17 @@ def _read(path: Path) -> dict:
     return {**base, **raw, **tables}
 
 
+def _spans(thoughts: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
+    return {family: (least, most) for family, (least, most) in thoughts.items()}
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file."""
     raw = _read(path)
-    stages = []
-    for s in raw.pop("stage"):
-        s["thoughts"] = {family: tuple(span) for family, span in s["thoughts"].items()}
-        stages.append(Stage(**s))
+    stages = [Stage(**{**stage, "thoughts": _spans(stage["thoughts"])}) for stage in raw.pop("stage")]
     shape = Shape(vocab=len(TOKENS) + (raw.get("style") == "beacons"), **raw.pop("shape"))
     raw["index_layers"], raw["beacon_every"] = tuple(raw["index_layers"]), tuple(raw.get("beacon_every", ()))
     if "breadcrumbs" in raw:
-        raw["breadcrumbs"] = Breadcrumbs(**raw["breadcrumbs"])
+        crumbs = raw["breadcrumbs"]
+        raw["breadcrumbs"] = Breadcrumbs(**{**crumbs, "thoughts": _spans(crumbs["thoughts"])} if "thoughts" in crumbs else crumbs)
     return Recipe(shape=shape, stages=tuple(stages), **raw)

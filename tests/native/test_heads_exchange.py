@@ -101,6 +101,10 @@ def test_a_refusal_changes_nothing(models):
             store.exchange(3, wide, stored[0], rows[0])
         with pytest.raises(EngineError, match="rows of layer 0 is uint8 .2, 64, 1., must be"):
             store.exchange(0, wide, stored[0], np.zeros((2, 64, 1), np.uint8))
+        sealed = rows[0].copy()
+        sealed.flags.writeable = False
+        with pytest.raises(EngineError, match="rows of layer 0 cannot be written to"):
+            store.exchange(0, wide, stored[0], sealed)
         assert (store.positions(0) == before).all() and (stored == was).all() and (rows == was_rows).all()
 
 

@@ -172,6 +172,8 @@ class HeadStore:
                                           ("rows", rows, np.uint8, (all_heads, m, self.cell_bytes))):
             if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
                 raise EngineError(f"{name} of layer {layer} is {array.dtype} {array.shape}, must be {np.dtype(dtype)} {shape} in one piece")
+            if array is not wanted and not array.flags.writeable:
+                raise EngineError(f"{name} of layer {layer} cannot be written to")
         moved = HeadsMoved()
         checked(zoomr.heads_exchange(self._alive, layer, wanted.ctypes.data, n, stored.ctypes.data, rows.ctypes.data, m, ctypes.byref(moved)))
         return moved.n_evicted, moved.n_recalled, moved.n_stored
