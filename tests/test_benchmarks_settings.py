@@ -222,7 +222,7 @@ def test_failed_problems_end_in_3(tmp_path, engine, capsys):
 def test_a_dry_run_counts_and_runs_nothing(tmp_path, engine, capsys):
     assert settings.main(command(tmp_path, "--dry-run", "--settings", "refresh")) == 0
     out = capsys.readouterr().out
-    assert "series zoomr 704 refresh=1: about" in out and "\n5 cells, about" in out and engine.prompts == []
+    assert "series zoomr 652 refresh=1: about" in out and "\n5 cells, about" in out and engine.prompts == []
 
 
 def test_budgets_by_family():
