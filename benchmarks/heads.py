@@ -1,6 +1,7 @@
 """Milliseconds per token with a per-head store against the uniform cache, both full, and against stock llama.cpp at depth.
 
     python -m benchmarks.heads --wait 5 --deep 32768 --stock DIR --json
+    python -m benchmarks.heads --write-docs benchmarks/results/heads-1.5b.json
 
 One process, one computing at a time, in turns whose order rotates, as in `benchmarks.speed`. Every configuration is filled
 with a real prefill to its budget; then each turn frees as many tokens as it decodes, so that attention always runs over
@@ -15,16 +16,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import make_model, report, speed
-from benchmarks.turns import ROOT, Worker
+from benchmarks import heads_report, make_model, report, speed
+from benchmarks.turns import ROOT, Worker, machine_cpu_seconds, process_cpu_seconds
 from zoomr_local.libllama import LlamaContext, LlamaModel
 from zoomr_local.libllama.heads import HeadStore
 
@@ -108,6 +111,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--fa-off", action="store_true", help="without flash attention")
     p.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="wait so long for an idle machine at most")
     p.add_argument("--json", nargs="?", type=Path, const=Path("."), help="write the result here (default: benchmarks/results/)")
+    p.add_argument("--write-docs", type=Path, nargs="+", metavar="JSON", help="no run: put these results into docs/benchmarks.md")
     args = p.parse_args(argv)
     if args.turn + args.warm > args.budget:
         p.error(f"a turn of {args.warm} + {args.turn} tokens does not fit into a budget of {args.budget}")
@@ -122,10 +126,12 @@ def measure(args: argparse.Namespace, model: LlamaModel) -> dict[str, Any]:
     runs |= {name: Filled(model, store, args) for name, store in STORES.items()}
     deep = {f"stock at {args.deep}, FA {'on' if flash else 'off'}": flash for flash in (True, False)} if args.deep else {}
     runs |= {name: Deep(model.path, flash, args) for name, flash in deep.items()}
-    names = list(runs)
+    names, mark = list(runs), (0.0, 0.0, 0.0)
     ms: dict[str, list[float]] = {name: [] for name in names}
     freed: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, args.rounds):  # the first round is thrown away
+        if number == 0:
+            mark = clock(runs[name].worker for name in deep)
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             token, free = runs[name].turn()
@@ -133,20 +139,30 @@ def measure(args: argparse.Namespace, model: LlamaModel) -> dict[str, Any]:
                 ms[name].append(token)
                 freed[name].append(free)
         speed.tell(f"round {number + 1} of {args.rounds}")
+    wall, machine, own = (b - a for a, b in zip(mark, clock(runs[name].worker for name in deep)))
     for name in deep:
         runs[name].worker.close()
     best = min(deep, key=lambda name: report.spread(ms[name])["median"], default=None)
-    return {"ms_per_token": {n: report.spread(v) for n, v in ms.items()},
+    return {"others_cores": max(0.0, machine - own) / wall, "ms_per_token": {n: report.spread(v) for n, v in ms.items()},
             "over_uniform": {name: report.ratio(ms[name], ms["uniform"]) for name in STORES},
             "stock_best": best, "stock_over": {name: report.ratio(ms[best], ms[name]) for name in STORES if best},
             "ms_freeing_a_turn": {n: report.spread(v) for n, v in freed.items() if n not in deep},
             "kv_bytes": {n: runs[n].store.kv_bytes for n in STORES}}
 
 
+def clock(workers: Iterable[Worker]) -> tuple[float, float, float]:
+    """Seconds: now, of processor time of the machine, and of this process and its ``workers``."""
+    own = process_cpu_seconds(os.getpid()) + sum(worker.cpu_seconds() for worker in workers)
+    return time.time(), machine_cpu_seconds(), own
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, and write the JSON if asked."""
     argv = sys.argv[1:] if argv is None else argv
     args = options(argv)
+    if args.write_docs:
+        heads_report.write_docs(ROOT / "docs" / "benchmarks.md", args.write_docs)
+        return 0
     path = args.model or Path(tempfile.gettempdir()) / f"zoomr-random-{args.shape}.gguf"
     if not path.exists():
         make_model.write_model(path, args.shape, make_model.SHAPES[args.shape])
@@ -154,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     host = speed.machine()
     with LlamaModel(path) as model:
         result = measure(args, model)
+    host["others_cores"] = result.pop("others_cores")
+    if host["others_cores"] > 0.1 and not host["busy"]:
+        host["busy"] = f"other processes used {host['others_cores']:.2f} cores"
     if host["busy"]:
         print(f"The machine is busy ({host['busy']}): these figures say nothing.")
     for name, figures in result["ms_per_token"].items():
@@ -165,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         target = args.json if args.json.suffix == ".json" else ROOT / "benchmarks" / "results" / f"heads-{args.shape}.json"
         settings = {"budget_tokens": args.budget, "deep_tokens": args.deep, "rounds": args.rounds, "turn_tokens": args.turn, "flash": not args.fa_off}
-        whole = {"benchmark": "heads", "date": datetime.date.today().isoformat(), "commit": speed.commit(), "machine": host,
+        whole = {"benchmark": "heads", "date": datetime.date.today().isoformat(), "commit": speed.commit(), "command": speed.command(argv, "heads"), "machine": host,
                  "threads": args.threads, "model": path.name, "settings": settings, **result}
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(whole, indent=1) + "\n")

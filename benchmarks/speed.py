@@ -152,9 +152,9 @@ def commit() -> str:
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
 
 
-def command(argv: list[str]) -> str:
+def command(argv: list[str], module: str = "speed") -> str:
     """The command line with every path cut to its last part."""
-    return " ".join(["python -m benchmarks.speed", *(a.rstrip("/").rsplit("/", 1)[-1] for a in argv)])
+    return " ".join([f"python -m benchmarks.{module}", *(a.rstrip("/").rsplit("/", 1)[-1] for a in argv)])
 
 
 def options(argv: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks are not installed
 
-from benchmarks import heads, make_model  # noqa: E402
+from benchmarks import heads, heads_report, make_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,21 @@ def test_stock_at_depth_takes_its_turns_in_the_same_rounds(model: Path, tmp_path
     for name in heads.STORES:
         assert result["stock_over"][name]["values"] == pytest.approx([a / b for a, b in zip(ms[best]["values"], ms[name]["values"])], rel=1e-3)
     assert f"{best} " in capsys.readouterr().out
+
+
+def test_the_page_has_the_results_and_bars_that_are_missed_say_so(tmp_path: Path) -> None:
+    held = sorted((heads.ROOT / "benchmarks" / "results").glob("heads-*.json"))
+    text = (heads.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert held and all(heads_report.render(json.loads(path.read_text())) in text for path in held), "run --write-docs again"
+    result = json.loads(held[0].read_text())
+    slow = {"median": 1.051, "min": 1.0, "max": 1.2, "values": [1.051]}
+    result["over_uniform"] = dict.fromkeys(heads.STORES, {**slow, "median": 1.05}) | {"heads": slow}
+    assert heads_report.render(result).count("**not met**") == 1
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{heads_report.BEGIN}\nold\n{heads_report.END}\nafter\n")
+    heads_report.write_docs(page, held)
+    assert "old" not in page.read_text() and page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+    assert set(heads.STORES) == set(heads_report.USERS)
 
 
 def test_depth_without_the_stock_library_is_refused(monkeypatch, capsys) -> None:
