@@ -5,7 +5,8 @@
 
 Dev problems of the bundled tasks at the length of the test sets, everything in view, f16 cells, the thoughts given: so every
 token is judged at the place where the reference stands, and a trace counts as whole if each of its tokens is the
-favourite. Prints a table and writes benchmarks/results/quantisation-NAME.json, NAME being the second file's.
+favourite. Prints a table, writes benchmarks/results/quantisation-NAME.json, NAME being the second file's, and puts the table
+into the card models/NAME.md, where that has its marks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import numpy as np
 from benchmarks.report import table
 from benchmarks.runs import RESULTS, ended
 from benchmarks.speed import commit, tell
+from benchmarks.turns import ROOT
 from zoomr_local.errors import UsageError
 from zoomr_local.journal import model_fingerprint
 from zoomr_local.libllama import LlamaContext
 from zoomr_local.model import Model
 from zoomr_models.tasks import LONG_THOUGHTS, Problem, generate, prompt_text
 
+BEGIN, END = "<!-- quantisation: begin -->", "<!-- quantisation: end -->"
 _BATCH_TOKENS = 256
 _SEED = 77  # of the problems: those that training was judged by
 
@@ -108,6 +111,14 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
     return table(head, lines)
 
 
+def write_card(card: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Put the table between the marks of a card that has them."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if BEGIN in text and END in text:
+        head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+        card.write_text(f"{head}{BEGIN}\n\n{report(rows)}\n\n{END}{tail}", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; the exit code."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.quantisation", description=__doc__.split("\n", 1)[0])
@@ -115,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("other", type=Path, metavar="GGUF")
     p.add_argument("-n", type=int, default=10, help="problems a family (default: 10)")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    p.add_argument("--cards", type=Path, default=ROOT / "models", metavar="DIR", help="default: models")
     args = p.parse_args(argv)
 
     def body() -> int:
@@ -127,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = args.results / f"quantisation-{args.other.stem}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        write_card(args.cards / f"{args.other.stem}.md", rows)
         tell(f"written: {target.name}")
         return 0
 

@@ -40,14 +40,26 @@ def test_scores_are_of_every_token_with_all_before_it_in_view(model, prompt):
                 np.testing.assert_allclose(found[at], log_softmax(context.logits().astype(float)), atol=0.5)  # kernels of batches and of single tokens round differently; other text is several nats off
 
 
+def test_cards_have_the_results():
+    held = sorted(quantisation.RESULTS.glob("quantisation-*.json"))
+    assert held
+    for path in held:
+        card = quantisation.ROOT / "models" / f"{path.stem.removeprefix('quantisation-')}.md"
+        assert quantisation.report(json.loads(path.read_text())["families"]) in card.read_text(encoding="utf-8"), path.name
+
+
 def test_the_command_compares_a_file_with_itself_and_refuses_what_is_no_pair(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quantisation, "LONG_THOUGHTS", {"series": 4, "dag": 3})
     path = str(bundled_model_path())
-    assert quantisation.main([path, path, "-n", "2", "--results", str(tmp_path)]) == 0
+    card = tmp_path / "zoomr-tiny.md"
+    card.write_text(f"above\n{quantisation.BEGIN}\nold\n{quantisation.END}\nbelow\n")
+    assert quantisation.main([path, path, "-n", "2", "--results", str(tmp_path), "--cards", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     rows = json.loads((tmp_path / "quantisation-zoomr-tiny.json").read_text())["families"]
     assert set(rows) == {"series", "dag"} and all(r["changed"] == r["nats"] == 0 and r["wrong"][0] == r["wrong"][1] < 3 for r in rows.values())
     assert "`series`" in out and "of 2 |" in out
+    text = card.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text and quantisation.report(rows) in text
     assert quantisation.main([path, path, "-n", "0"]) == 2 and "-n 0" in capsys.readouterr().err
     other = tmp_path / "plain-other.gguf"
     other.write_bytes(b"GGUF")
