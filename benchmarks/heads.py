@@ -1,7 +1,7 @@
 """Milliseconds per token with a per-head store against the uniform cache, both full, and against stock llama.cpp at depth.
 
     python -m benchmarks.heads --wait 5 --deep 32768 --stock DIR --json
-    python -m benchmarks.heads --write-docs benchmarks/results/heads-1.5b.json
+    python -m benchmarks.heads --write-docs benchmarks/results/stores-1.5b.json
 
 One process, one computing at a time, in turns whose order rotates, as in `benchmarks.speed`. Every configuration is filled
 with a real prefill to its budget; then each turn frees as many tokens as it decodes, so that attention always runs over
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         tail += f", {result['stock_best']} {deep['median']:.2f} times as long ({deep['min']:.2f} to {deep['max']:.2f})" if deep else ""
         print(f"{name}: {figures['median']:.2f} ms a token ({figures['min']:.2f} to {figures['max']:.2f}){tail}")
     if args.json:
-        target = args.json if args.json.suffix == ".json" else ROOT / "benchmarks" / "results" / f"heads-{args.shape}.json"
+        target = args.json if args.json.suffix == ".json" else ROOT / "benchmarks" / "results" / f"stores-{args.shape}.json"
         settings = {"budget_tokens": args.budget, "deep_tokens": args.deep, "rounds": args.rounds, "turn_tokens": args.turn, "flash": not args.fa_off}
         whole = {"benchmark": "heads", "date": datetime.date.today().isoformat(), "commit": speed.commit(), "command": speed.command(argv, "heads"), "machine": host,
                  "threads": args.threads, "model": path.name, "settings": settings, **result}

@@ -1,7 +1,7 @@
 """What a file's types cost: two files of the same network read the same reference traces, token by token.
 
     python -m models.export CHECKPOINT [CHECKPOINT] f32.gguf --type f32
-    python -m benchmarks.quantisation f32.gguf models/zoomr-tiny.gguf -n 10
+    python -m benchmarks.quantisation f32.gguf models/zoomr-tiny.gguf -n 20
 
 Dev problems of the bundled tasks at the length of the test sets, everything in view, f16 cells, the thoughts given: so every
 token is judged at the place where the reference stands, and a trace counts as whole if each of its tokens is the
@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("exact", type=Path, metavar="F32.gguf")
     p.add_argument("other", type=Path, metavar="GGUF")
     p.add_argument("-n", type=int, default=10, help="problems a family (default: 10)")
+    p.add_argument("--plain", action="store_true", help="of a model that was trained without summaries")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     p.add_argument("--cards", type=Path, default=ROOT / "models", metavar="DIR", help="default: models")
     args = p.parse_args(argv)
@@ -132,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         if args.n < 1:
             raise UsageError(f"-n {args.n}: give at least 1")
-        rows = measure(args.exact, args.other, args.n, args.other.stem.startswith("plain"))
+        rows = measure(args.exact, args.other, args.n, args.plain)
         print(report(rows))
-        whole = {"benchmark": "quantisation", "date": datetime.date.today().isoformat(), "commit": commit(), "problems_seed": _SEED,
+        whole = {"benchmark": "quantisation", "date": datetime.date.today().isoformat(), "commit": commit(), "command": f"python -m benchmarks.quantisation {args.exact.name} {args.other.name} -n {args.n}" + " --plain" * args.plain, "problems_seed": _SEED,
                  "files": [model_fingerprint(path) for path in (args.exact, args.other)], "families": rows}
         target = args.results / f"quantisation-{args.other.stem}.json"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def evaluation(
     lists = {"refresh": refresh, "votes_per_head": votes_per_head, "zoomed_blocks": zoomed_blocks, "window": window, "vote_window": vote_window, "summary_rows": summary_rows, "beacon_every": beacon_every, "thought_min": thought_min, "summary_max": summary_max, "dense_layers": dense_layers, "clusters_added": clusters_added}
     heads.check_calibrated(policies, path)
     pins = [] if pin_prompt is None else [heads.pinned(part) for part in _names("--pin-prompt", pin_prompt)]
-    queries = [] if cluster_query is None else _names("--cluster-query", cluster_query)
+    queries = [] if cluster_query is None else [heads.cluster_query(part) for part in _names("--cluster-query", cluster_query)]
     modes = [] if summaries is None else _names("--summaries", summaries)
     if modes:
         ways.check(modes, policies, path, quiet)

@@ -48,6 +48,13 @@ def pinned(text: str) -> bool:
     return text == "on"
 
 
+def cluster_query(text: str) -> str:
+    """``own`` or ``last``. Raises UsageError for other text."""
+    if text not in ("own", "last"):
+        raise UsageError(f"--cluster-query {text}: choose own or last")
+    return text
+
+
 def check_calibrated(policies: Iterable[str], model: Path) -> None:
     """Raises what an engine would of a policy that needs a calibration of ``model``: before a long run, not in the middle of it."""
     from zoomr_local.policies import POLICIES

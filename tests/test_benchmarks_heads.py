@@ -51,7 +51,7 @@ def test_stock_at_depth_takes_its_turns_in_the_same_rounds(model: Path, tmp_path
 
 
 def test_the_page_has_the_results_and_bars_that_are_missed_say_so(tmp_path: Path) -> None:
-    held = sorted((heads.ROOT / "benchmarks" / "results").glob("heads-*.json"))
+    held = sorted((heads.ROOT / "benchmarks" / "results").glob("stores-*.json"))
     text = (heads.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert held and all(heads_report.render(json.loads(path.read_text())) in text for path in held), "run --write-docs again"
     result = json.loads(held[0].read_text())

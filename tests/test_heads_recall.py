@@ -138,8 +138,7 @@ class Watcher:
         self.asked += 1
         start = self.pieces(now)[1]
         assert newest == now + 1 + self.own - start and layers == list(range(store.n_layers))
-        tried = self.own and self.asked > 1
-        assert self.decodes[-1] == ((now, "none") if tried else (now - 1, "last")), "whose query selects"
+        assert self.decodes[-1] == ((now, "none") if self.own else (now - 1, "last")), "whose query selects"
         group = store.n_head // store.n_head_kv
         for row in range(store.n_layers * store.n_head_kv):
             layer, head = divmod(row, store.n_head_kv)
@@ -185,12 +184,38 @@ def test_the_hit_rate_is_the_share_of_clusters_that_the_last_selection_had(model
 
 
 def test_with_a_refresh_of_n_there_is_a_selection_every_n_tokens(model, prompt, long_reply):  # noqa: F811
-    at = {}
-    for every in (1, 5):
-        asked = at.setdefault(every, [])
-        begun = lambda engine: setattr(engine.generation, "asked", lambda *_: asked.append(len(engine.sequence)))  # noqa: B023, E731
+    at, tried = {}, {}
+    for every in (1, 5, 40):
+        asked, found = at.setdefault(every, []), tried.setdefault(every, [])
+
+        def begun(engine, asked=asked, found=found):
+            try_token = engine.generation.cache.try_token
+            engine.generation.asked = lambda *_: asked.append(len(engine.sequence))
+            engine.generation.cache.try_token = lambda token, position: found.append(position) or try_token(token, position)
+
         play(model, short(prompt)[:60], "clusterkv", BUDGET, 120, begun=begun, refresh=every)
     assert set(np.diff(at[1])) == {1} and set(np.diff(at[5])) == {5} and len(at[5]) > 8
+    assert 2 < len(at[40]) < 8 and np.diff(at[40]).max() <= 33, "no longer than the window has cells for"
+    assert tried == at, "whatever the distance, a token's own query selects for it"
+
+
+def test_a_token_decoded_for_its_queries_alone_leaves_those_of_the_token(model, prompt, long_reply):  # noqa: F811
+    engine = Engine(model, EngineConfig(policy="clusterkv", kv_budget=256, threads=1))
+    try:
+        stream, found = engine.generate(short(prompt)[:60], SamplingParams(), 20), {}
+        while not isinstance(next(stream), TokenDecoded):
+            pass
+        generation = engine.generation
+        now, token = len(generation.timeline), generation.reply.token
+        for other in (token + 1, token):
+            generation.cache.try_token(other, now)
+            found[other] = generation.heads.queries()[:, -1].copy()
+        next(stream)
+        assert len(generation.timeline) == now + 1
+        real = generation.heads.queries()[:, -1]
+        assert (found[token] == real).all() and not (found[token + 1] == real).all()
+    finally:
+        engine.close()
 
 
 # ---------------------------------------------------------------- cells and bytes

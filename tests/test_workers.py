@@ -104,6 +104,19 @@ def test_a_stop_ends_the_processes_and_keeps_what_is_written():
             os.kill(record["pid"], 0)
 
 
+class Slow:
+    """Its destructor takes long, and loses what is raised in it."""
+
+    def __init__(self, started):
+        self.started = started
+
+    def __del__(self):
+        self.started.touch()
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            pass
+
+
 class Endless(Echo):
     """As an engine in mid-step: what it steps through cannot be closed from inside the step."""
 
@@ -128,8 +141,39 @@ def opened_endless(folder):
     path.unlink()
 
 
-def test_a_killed_run_leaves_no_processes_and_no_files_of_theirs(tmp_path):
-    run = get_context("fork").Process(target=solve_side_by_side, args=(PROBLEMS, partial(opened_endless, tmp_path), 2, print, Recorder()))
+class Deaf(Echo):
+    """Is told to go while something is destroyed."""
+
+    def __init__(self, started):
+        self.started = started
+
+    def solve(self, problem, listener):
+        Slow(self.started)
+        time.sleep(1000)
+
+
+@contextmanager
+def opened_deaf(folder):
+    path = folder / str(os.getpid())
+    yield Deaf(path)
+    path.unlink()
+
+
+@contextmanager
+def opened_to_close_slowly(folder):
+    """A problem takes no time, and closing takes long."""
+    path = folder / str(os.getpid())
+    yield Echo(None)
+    path.touch()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        time.sleep(0.05)
+    path.unlink()
+
+
+@pytest.mark.parametrize("opened", [opened_endless, opened_deaf, opened_to_close_slowly], ids=["in a step", "in a destructor", "closing"])
+def test_a_killed_run_leaves_no_processes_and_no_files_of_theirs(tmp_path, opened):
+    run = get_context("fork").Process(target=solve_side_by_side, args=(PROBLEMS, partial(opened, tmp_path), 2, print, Recorder()))
     run.start()
     until = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:

@@ -80,11 +80,12 @@ class ClusterGeneration(HeadGeneration):
         if not self._selecting:
             return
         due = not self._prompt_left and now >= self._next_selection and (self.cache.held < now).any()
-        if due or self.cache.free_tokens < n_tokens:
+        tried = self._twice and token is not None
+        if due or self.cache.free_tokens < n_tokens + tried:
             if self._prompt_left:
                 self._close(now)
             self._next_selection = now + self.policy.settings.select_every_tokens
-            if self._twice and token is not None and self.cache.free_tokens:  # none before the first selection
+            if tried and self.cache.free_tokens:  # none where the prompt took them all: the query before selects this once
                 self.cache.try_token(token, now)
             yield from self._select(max(n_tokens, self._ahead) + self._twice)
 

@@ -11,6 +11,7 @@ import atexit
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,10 +28,10 @@ OpenSolver = Callable[[], AbstractContextManager[Solver]]
 _POLL_S = 0.2  # how long a stop can go unnoticed
 _CLOSE_S = 20.0  # how long a process that was told to go may take to close its engine
 
-_kept = ExitStack()  # these four are of a worker process
+_kept = ExitStack()  # these six are of a worker process
 _solver: Solver | None = None
 _failure: Exception | None = None
-_solving = False
+_solving = _told = _closing = False
 
 
 def solve_side_by_side(
@@ -99,7 +100,7 @@ def _start(open_solver: OpenSolver) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow, daemon=True).start()
-    atexit.register(_kept.close)
+    atexit.register(_close)
     try:
         _solver = _kept.enter_context(open_solver())
     except Exception as error:  # raised again by the first problem: a pool that cannot start says only that it broke
@@ -118,19 +119,37 @@ class _Told(BaseException):
 
 def _leave(number: int, frame: Any) -> None:
     """SIGTERM. An engine cannot be closed from inside its own step, so a problem in the making is unwound first."""
-    signal.signal(number, signal.SIG_IGN)  # a second one would cut the closing short
-    last = threading.Timer(_CLOSE_S, os._exit, (128 + number,))
-    last.daemon = True
-    last.start()
+    global _told
+    if not _told:
+        _told = True
+        threading.Thread(target=_insist, daemon=True).start()
+    if _closing:
+        return  # what is being closed is closed whole
     if _solving:
         raise _Told
     _go()
 
 
+def _insist() -> None:
+    """Tell the process again and again, as an exception that meets a destructor is lost; end it when nothing helps."""
+    until = time.monotonic() + _CLOSE_S
+    while time.monotonic() < until:
+        time.sleep(_POLL_S)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _close() -> None:
+    """Close the engine, which deletes its page files."""
+    global _closing
+    _closing = True
+    _kept.close()
+
+
 def _go() -> None:
-    """Close the engine, which deletes its page files, and end this process, whatever the closing raises."""
+    """Close the engine and end this process, whatever the closing raises."""
     try:
-        _kept.close()
+        _close()
     finally:
         os._exit(128 + signal.SIGTERM)
 

@@ -9,6 +9,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..tasks import FAMILIES
 from ..tokenizer import TOKENS
 from .network import Shape
 
@@ -41,7 +42,8 @@ class Breadcrumbs:
     mode: `joint`, or `distill`, in which the policy stays as it began; warm_up: supervised steps before the first rollout;
     problems and samples: of a step with rollouts, all of one family and length; slack: most tokens of a reply, in reference traces;
     clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply;
-    thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step.
+    thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step,
+    in one process all of one family.
     """
 
     mode: str
@@ -59,6 +61,8 @@ class Breadcrumbs:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; there are {' and '.join(MODES)}")
+        if self.references < 0:
+            raise ValueError(f"references is {self.references}, must be at least 0")
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}: replies to one problem are compared, so there must be at least 2")
 
@@ -108,6 +112,9 @@ def _read(path: Path) -> dict:
 
 
 def _spans(thoughts: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
+    unknown = set(thoughts) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"there is no family {' or '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
     return {family: (least, most) for family, (least, most) in thoughts.items()}
 
 
