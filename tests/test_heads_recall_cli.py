@@ -60,6 +60,11 @@ def test_too_little_ram_ends_the_command_with_what_it_needs(problems, tmp_path, 
     assert "--kv-ram 1 KiB: a text of" in capsys.readouterr().err
 
 
+def test_eval_refuses_a_word_that_is_no_choice_whatever_the_policy(tmp_path, capsys):
+    assert main(["eval", "-o", str(tmp_path / "eval"), "--policy", "zoomr", "--cluster-query", "own,next", "-n", "1"]) == 2
+    assert "--cluster-query next: choose own or last" in capsys.readouterr().err and not (tmp_path / "eval").exists()
+
+
 def test_eval_compares_dense_layers_and_selections_every_so_often(problems, tmp_path):
     folder = tmp_path / "eval"
     assert main(["eval", "--suite", str(problems), "-o", str(folder), "--policy", "clusterkv,recency", "--kv-budget", "256",
