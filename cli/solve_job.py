@@ -234,7 +234,7 @@ class Job:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While this lasts the first Ctrl-C is only noted (the answer is the yielded function), the second one raises."""
+    """While this lasts the first Ctrl-C or SIGTERM is only noted (the answer is the yielded function), the second one raises."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -242,11 +242,12 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if len(seen) > 1:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stdout_writer(form: LineForm) -> Callable[[dict[str, Any]], None]:

@@ -232,12 +232,13 @@ def test_a_full_disk_ends_the_run_with_the_file_named(here, engine, capsys, monk
     assert engine.prompts == ["ask 0"]
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(here, engine, capsys):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_is_done_and_say_how_to_go_on(here, engine, capsys, number):
+    before = signal.getsignal(number)
 
     def interrupt():
         if len(engine.prompts) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             engine.on_token = lambda: None
 
     engine.on_token = interrupt
@@ -245,7 +246,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(here, engine, capsys):
     assert [r["id"] for r in records()] == ["p0", "p1", "p2"]
     err = capsys.readouterr().err
     assert "interrupted: 3 of 10 done, all in out.jsonl; to go on: zoomr solve in.jsonl -o out.jsonl\n" in err
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert run("in.jsonl", "-o", "out.jsonl") == 0
     assert [r["id"] for r in records()] == [f"p{i}" for i in range(10)]
 

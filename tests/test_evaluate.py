@@ -160,10 +160,11 @@ def test_failed_problems_end_in_3_and_can_be_tried_again(here, engine, capsys):
     assert sorted(ids("in.full.jsonl")) == ["p0", "p1", "p2", "p3"]
 
 
-def test_ctrl_c_ends_in_130_and_the_next_start_goes_on(here, engine, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_in_130_and_the_next_start_goes_on(here, engine, capsys, number):
     def interrupt():
         if len(engine.prompts) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             engine.on_token = lambda: None
 
     engine.on_token = interrupt
