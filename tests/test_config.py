@@ -336,6 +336,8 @@ def test_the_search_for_deep_keys_looks_at_no_more_of_a_line_from_each_quote_tha
     def key(letters):
         return ".".join([quote + "a" * letters + quote] * (config._MOST_NAMES + 1))
 
+    dotted = ".".join("abcdefghijklmnopqrstuvwxyz")
+    assert not config._DEEP_KEY.search(f'# see {dotted} = 1\nstop = "{dotted}"  # {dotted}\n')
     assert config._DEEP_KEY.search(key(config._MOST_LETTERS)) and not config._DEEP_KEY.search(key(config._MOST_LETTERS + 1))
     names = config.MOST_BYTES // (config._MOST_LETTERS + 4)
     assert config._toml(Path("x"), ".".join([quote + "a" * (config._MOST_LETTERS + 1) + quote] * min(names, 300)) + " = 1")

@@ -35,7 +35,7 @@ _MODELS, _MARKERS = "models", "markers"
 _MOST_NAMES = 16
 _MOST_LETTERS = 40
 _DEEP_KEY = re.compile(
-    rf"""(?<![\w"'-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){{0,{_MOST_LETTERS}}}"|'[^'\n]{{0,{_MOST_LETTERS}}}')[ \t]*\.[ \t]*){{{_MOST_NAMES},}}"""
+    rf"""(?:^|[\[{{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){{0,{_MOST_LETTERS}}}"|'[^'\n]{{0,{_MOST_LETTERS}}}')[ \t]*\.[ \t]*){{{_MOST_NAMES},}}""", re.MULTILINE
 )
 """A key of more names than any setting has: TOML's parser takes minutes and gigabytes for thousands of them. Of longer quoted names a
 file has no room for so many; without that bound the search itself would read the rest of the line from every quote in it."""
