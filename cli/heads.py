@@ -26,7 +26,6 @@ DenseLayers = Annotated[
     ),  # fmt: skip
 ]
 
-
 ClusterQuery = Annotated[
     str,
     typer.Option(
@@ -49,9 +48,11 @@ def pinned(text: str) -> bool:
 
 
 def cluster_query(text: str) -> str:
-    """``own`` or ``last``. Raises UsageError for other text."""
-    if text not in ("own", "last"):
-        raise UsageError(f"--cluster-query {text}: choose own or last")
+    """One of the engine's words. Raises UsageError for other text, also where no policy of the run would look at it."""
+    from zoomr_local.policies.heads import CLUSTER_QUERIES
+
+    if text not in CLUSTER_QUERIES:
+        raise UsageError(f"--cluster-query {text}: choose one of {', '.join(CLUSTER_QUERIES)}")
     return text
 
 

@@ -62,7 +62,7 @@ def test_too_little_ram_ends_the_command_with_what_it_needs(problems, tmp_path, 
 
 def test_eval_refuses_a_word_that_is_no_choice_whatever_the_policy(tmp_path, capsys):
     assert main(["eval", "-o", str(tmp_path / "eval"), "--policy", "zoomr", "--cluster-query", "own,next", "-n", "1"]) == 2
-    assert "--cluster-query next: choose own or last" in capsys.readouterr().err and not (tmp_path / "eval").exists()
+    assert "--cluster-query next: choose one of last, own" in capsys.readouterr().err and not (tmp_path / "eval").exists()
 
 
 def test_eval_compares_dense_layers_and_selections_every_so_often(problems, tmp_path):
