@@ -1,7 +1,10 @@
 """Training code: the mask, the export and the step say what they should (needs torch)."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -18,6 +21,14 @@ except ImportError:
     from models.train import ablate, batches, beacons, losses, network, optimizer, probe, recipe, run, side_by_side
 
 SMALL = network.Shape(len(tokenizer.TOKENS), layers=2, width=64, heads=2, kv_heads=1, ff=96)
+
+
+def wait_until(true, seconds=60.0):
+    """Come back when ``true()`` is; fails after the time."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
 
 
 def row_of(family="series", thoughts=6, seed=0):
@@ -361,6 +372,57 @@ def test_two_processes_take_the_step_of_their_mean_gradient(tmp_path):
     assert [line["family"] for line in lines] == ["dag", "series"] * 3 and lines[-1]["step"] == 3
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(state["net"][name], one["net"][name]) for name in one["net"])
+
+
+def test_a_resumed_run_forgets_the_log_after_its_checkpoint(tmp_path):
+    plan = recipe.Recipe("t", 0, 0, 4, 1, 300, 3e-3, 3e-3, 2, 0.5, (0, 1), 0.9, SMALL, (STAGE,))
+    ended = run.Run(plan, tmp_path)
+    ended.step = 2
+    ended.save()
+    lines = [json.dumps({"step": step, "old": True}) for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "ol')
+    resumed = run.Run(plan, tmp_path)
+    resumed.resume()
+    run.loop(resumed, run.train_step, lambda step: True)
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], "old" in line) for line in found] == [(1, True), (2, True), (3, False), (4, False)]
+
+
+_A_RUN_TO_KILL = """
+import os, sys, time
+from pathlib import Path
+from {package} import side_by_side
+
+def work(folder):
+    (folder / f"{{side_by_side.rank()}}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    side_by_side.start(2, work, Path(sys.argv[1]))
+"""
+
+
+def _lives(pid):
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_no_process_outlives_the_command_that_started_it(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(_A_RUN_TO_KILL.format(package=side_by_side.__package__))
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
+    run_of_two = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+    files = [tmp_path / "0.pid", tmp_path / "1.pid"]
+    try:
+        wait_until(lambda: all(f.exists() and f.read_text() for f in files))
+    finally:
+        run_of_two.kill()
+        run_of_two.wait()
+    wait_until(lambda: not any(_lives(int(f.read_text())) for f in files))
 
 
 def test_the_mean_of_checkpoints_is_the_mean_of_their_weights(tmp_path):

@@ -174,11 +174,23 @@ def train_step(run: Run, rng: Random) -> dict:
     return report
 
 
+def _forget_after(log: Path, step: int) -> None:
+    """Cut the log after ``step``: a run that was stopped takes the steps since its checkpoint once more. A torn last line goes too."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+    if kept != lines:
+        part = log.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, log)
+
+
 def loop(run: Run, take_step: Callable[[Run, Random], dict], logs: Callable[[int], bool]) -> None:
     """Take steps to the end of the recipe, saving on the way and logging the steps for which ``logs`` is true."""
     run.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(run.recipe.threads)
     saved, first = run.seconds, side_by_side.rank() == 0
+    if first:
+        _forget_after(run.out / "log.jsonl", run.step)
     with open(run.out / "log.jsonl" if first else os.devnull, "a") as log:
         while run.progress < 1:
             began = time.perf_counter()

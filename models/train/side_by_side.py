@@ -6,7 +6,10 @@ threads, most of all on short rows. Every process holds the whole network and it
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,18 @@ def start(processes: int, work: Callable[..., None], *args: Any) -> None:
         work(*args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_join, (processes, str(Path(folder) / "meeting"), work, args), nprocs=processes)
+        torch.multiprocessing.spawn(_join, (processes, str(Path(folder) / "meeting"), os.getpid(), work, args), nprocs=processes)
 
 
-def _join(rank: int, processes: int, meeting: str, work: Callable[..., None], args: tuple) -> None:
+def _leave_with(parent: int) -> None:
+    """End this process when its parent has ended, however that was: nothing else tells it, and it would train on and overwrite checkpoints."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _join(rank: int, processes: int, meeting: str, parent: int, work: Callable[..., None], args: tuple) -> None:
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     try:
         work(*args)
