@@ -65,3 +65,24 @@ def test_the_recall_drill_asks_for_every_key_again():
         first = {k: v for k, v in row[:24].reshape(6, 4)[:, [0, 2]]}
         asked = np.flatnonzero(told)
         assert len(asked) == 6 and {row[t - 2]: row[t] for t in asked} == first
+
+
+@pytest.mark.parametrize("every", [4, 8])
+def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
+    """The rows say what the drill says, and of the pair that is asked for only beacons and the question are in view."""
+    seen_whole = 0
+    for seed in range(6):
+        ids, weights, mask, sources = recall.beacon_recall_batch(Random(seed), 400, 6, every)
+        assert abs(ids.size - 400) < 2 * ids.shape[1]
+        for row, told, view, source in zip(ids, weights, mask[:, 0], sources, strict=True):
+            text = np.flatnonzero(row != tokenizer.BEACON)
+            assert (row[text[-1] + 1 :] == tokenizer.BEACON).all() and (np.diff(np.flatnonzero(row == tokenizer.BEACON)) == every + 1).all()
+            begun = len(text) - 48
+            assert 0 <= begun < every
+            first = {k: (t, v) for t, k, v in zip(text[begun:][:24:4], row[text[begun:]][:24:4], row[text[begun:]][2:24:4], strict=True)}
+            for t in np.flatnonzero(told):
+                asked = text[list(text).index(t) - 2]
+                at, value = first[row[asked]]
+                assert row[t] == value and row[source[t]] != tokenizer.BEACON and source[t] < t
+                seen_whole += view[source[t], at]
+    assert seen_whole <= every  # a pair listed last may still stand uncompressed when it is asked for first

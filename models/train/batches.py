@@ -105,6 +105,15 @@ def make_row(
     )  # fmt: skip
 
 
+def reply_row(ids: np.ndarray, prompt: int, weights: np.ndarray) -> Row:
+    """A reply of any tokens behind ``prompt`` of them: int64 and float32 [T]; one thought, of which nothing else is known."""
+    own, nothing = np.arange(len(ids)) >= prompt, np.zeros(len(ids), bool)
+    return Row(
+        ids=ids, owner=np.where(own, 0, -1), summary=nothing, weights=weights, lookup=nothing, index=np.zeros((0, len(ids)), np.float32),
+        positions=np.arange(len(ids)), spans=np.zeros((0, 4), int), needs=(),
+    )  # fmt: skip
+
+
 def stretched(row: Row, rng: Random, context: int = 4096) -> Row:
     """The row with random gaps in its positions between blocks, as if what lies between were paged out.
 

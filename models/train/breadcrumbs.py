@@ -51,7 +51,7 @@ from .. import tokenizer as tok
 from ..export import load_network
 from ..tasks import Problem, generate, prompt_text
 from . import side_by_side
-from .batches import Row
+from .batches import Row, reply_row
 from .beacons import with_beacons
 from .network import Network
 from .recipe import Recipe, load_recipe
@@ -157,14 +157,8 @@ def policy_loss(
 
 def _beacon_row(reply: Reply, every: int) -> tuple[Row, np.ndarray, np.ndarray]:
     """What `with_beacons` makes of a reply."""
-    n = len(reply.ids)
-    own = np.arange(n) >= reply.prompt
-    nothing = np.zeros((0, n), np.float32)
-    row = Row(
-        ids=reply.ids.numpy(), owner=np.where(own, 0, -1), summary=np.zeros(n, bool), weights=own.astype(np.float32),
-        lookup=np.zeros(n, bool), index=nothing, positions=np.arange(n), spans=np.zeros((0, 4), int), needs=(),
-    )  # fmt: skip
-    return with_beacons(row, every)
+    own = np.arange(len(reply.ids)) >= reply.prompt
+    return with_beacons(reply_row(reply.ids.numpy(), reply.prompt, own.astype(np.float32)), every)
 
 
 def student_scores(student: Network, replies: Sequence[Reply], rates: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ Owned by models/train; called by the training loop. `recall_batch`: a row lists 
 keys, then asks for all of them again in another order; only the repeated values count. `reading_batch`: a row is
 a problem's prompt and then what each of its thoughts copies from there, the thoughts in another order; what the
 prompt determines counts. A trace has one such lookup in twenty tokens, such a row one in five.
+`beacon_recall_batch`: the first of the two as a reply in which beacons are all that is left of what was listed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from ..tasks import FAMILIES, Problem, prompt_text, split_of
 from ..tasks.series import NUMERALS
 from ..tasks.wording import NAMES
 from ..tokenizer import encode
+from .batches import reply_row
+from .beacons import with_beacons
 
 _KEYS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
 _VALUES = tuple(encode(f" {i}")[0] for i in range(100))
@@ -39,6 +42,24 @@ def recall_batch(rng: Random, tokens: int, pairs: int) -> tuple[np.ndarray, np.n
         ids[row] = np.array(flat).reshape(-1)
         weights[row, 4 * pairs + 2 :: 4] = 1.0
     return ids, weights
+
+
+def beacon_recall_batch(
+    rng: Random, tokens: int, pairs: int, every: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, weights, mask, sources) of `recall_batch` under beacons every ``every`` tokens: as in `Batch`, about ``tokens`` in all.
+
+    Up to ``every`` - 1 tokens stand before the list, so that a beacon may come anywhere in a pair.
+    """
+    ids, weights = recall_batch(rng, tokens * every // (every + 1), pairs)
+    before = rng.randrange(every)
+    made = []
+    for row, told in zip(ids, weights, strict=True):
+        lead = np.array([rng.choice(_KEYS) for _ in range(before)], np.int64)
+        whole = reply_row(np.concatenate([lead, row]), 0, np.concatenate([np.zeros(before, np.float32), told]))
+        made.append(with_beacons(whole, every))
+    rows, masks, sources = zip(*made, strict=True)
+    return np.stack([r.ids for r in rows]), np.stack([r.weights for r in rows]), np.stack(masks)[:, None], np.stack(sources)
 
 
 def copied(problem: Problem) -> list[tuple[list[int], list[int]]]:

@@ -23,7 +23,7 @@ from .batches import task_batch
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
-from .recall import reading_batch, recall_batch
+from .recall import beacon_recall_batch, reading_batch, recall_batch
 from .recipe import Recipe, Stage, load_recipe
 
 _SAVE_EVERY = 120.0  # seconds of training between checkpoints
@@ -117,11 +117,16 @@ class Run(Learner):
 
 
 def _recall_step(run: Run, stage: Stage, rng: Random) -> float:
+    recipe, mask, sources = run.recipe, None, None
     pairs = rng.randint(3, max(4, min(stage.recall_pairs, 4 + run.step // 4)))
-    ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
-    hidden, _ = run.net(ids)
-    loss, right = token_loss(run.net, hidden, ids, weights)
-    (run.recipe.recall_weight * loss).backward()
+    if recipe.style == "beacons":
+        made = beacon_recall_batch(rng, stage.recall_tokens, pairs, rng.choice(recipe.beacon_every))
+        ids, weights, mask, sources = map(torch.from_numpy, made)
+    else:
+        ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
+    hidden, _ = run.net(ids, mask)
+    loss, right = token_loss(run.net, hidden, ids, weights, sources)
+    (recipe.recall_weight * loss).backward()
     return (right * weights).sum().item() / weights.sum().item()
 
 
