@@ -157,7 +157,8 @@ class Commands(CacheCommands):
         if not rest:
             self._print(self.chat.store.names() or ["nothing is saved"])
             return
-        self.chat.load(rest, self._say)
+        if self.chat.may_lose(f"/load {rest} once more drops it"):
+            self.chat.load(rest, self._say)
 
     def do_export(self, rest: str) -> None:
         """/export FILE: write the conversation as Markdown, or as JSON if the name ends in .json; never over a file."""

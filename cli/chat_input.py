@@ -10,7 +10,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ class Keys:
         try:
             yield
         finally:
-            termios.tcsetattr(terminal, termios.TCSANOW, before)
+            with suppress(termios.error):  # of a window that was closed meanwhile
+                termios.tcsetattr(terminal, termios.TCSANOW, before)
 
     def poll(self) -> None:
         """Take the keys that were pressed since the last time."""

@@ -18,6 +18,7 @@ from zoomr_local.thinking import ThinkingLimits, budget_of
 
 from .chat_commands import Commands, load_error
 from .chat_input import Keys, LineEditor, unquoted
+from .chat_leave import Leaving
 from .chat_store import LAST, ChatStore
 from .chat_view import ReplyView, Screen, visible
 from .summaries import say
@@ -52,10 +53,11 @@ class ChatLoop:
         self.models: ChatModels | None = None
         self._recorded: Any = None  # the generation that the recorder knows
         self._keys = Keys(lambda: self.engine.answer_now())
+        self._leaving = Leaving()
         self._failed: str | None = None  # TEXT or NOTHING, if the last save after a turn failed
         self._save_failed = False  # whether the last /save did
         self._told: set[str] = set()
-        self._stays = False  # Ctrl-D was answered by what would be lost
+        self._warned: str | None = None  # what was answered by what it would lose
 
     @property
     def engine(self) -> Engine:
@@ -88,8 +90,12 @@ class ChatLoop:
     # in a terminal
 
     def run(self, editor: LineEditor) -> None:
-        """Ask and answer until Ctrl-D or /exit."""
-        commands, self._stays = Commands(self), False
+        """Ask and answer until Ctrl-D or /exit. Raises SystemExit(130) for SIGTERM or a closed window, after what was written is saved."""
+        with self._leaving.heard():
+            self._run(editor)
+
+    def _run(self, editor: LineEditor) -> None:
+        commands, self._warned = Commands(self), None
         while True:
             try:
                 typed = editor.ask(self._keys.typed_ahead())
@@ -97,27 +103,30 @@ class ChatLoop:
                 self.screen.say("Ctrl-D or /exit leaves")
                 continue
             except EOFError:
-                if self._may_leave():
+                if self.may_lose("Ctrl-D or /exit once more leaves"):
                     return
                 continue
+            warned = self._warned
             try:
-                self._obey(commands, typed)
+                with self._leaving.after(lambda: self.engine.cancel()):
+                    self._obey(commands, typed)
             except EOFError:
-                if self._may_leave():
+                if self.may_lose("Ctrl-D or /exit once more leaves"):
                     return
                 continue
             except ZoomrError as error:
                 self.screen.say(f"error: {error}")
             except KeyboardInterrupt:
                 self.screen.say("interrupted")
-            self._stays = False
+            if self._warned == warned:
+                self._warned = None
 
-    def _may_leave(self) -> bool:
-        """False once where what was said is kept nowhere."""
-        if self._failed != NOTHING or not self.talk.turns or self._stays:
+    def may_lose(self, again: str) -> bool:
+        """False once where what was said is kept nowhere; ``again`` is said with it: what to type if it may be lost."""
+        if self._failed != NOTHING or not self.talk.turns or self._warned == again:
             return True
-        self._stays = True
-        self.screen.say(f"what was said last is kept nowhere: {self.rescue}; Ctrl-D or /exit once more leaves")
+        self._warned = again
+        self.screen.say(f"what was said last is kept nowhere: {self.rescue}; {again}")
         return False
 
     def _obey(self, commands: Commands, typed: str) -> None:
@@ -136,13 +145,14 @@ class ChatLoop:
             self.recorder.turn()
         with _stoppable(self.engine.cancel) as stopped, self._keys.listening() if terminal else nullcontext():
             for event in start():
-                if stopped():  # perhaps before there was a generation that could be cancelled
+                if stopped() or self._leaving.told:  # perhaps before there was a generation that could be cancelled
                     self.engine.cancel()
                 if self.recorder is not None:
                     self.recorder.feed(event)
-                view.feed(event)
-                if terminal:
-                    self._keys.poll()
+                with self._leaving.writing():
+                    view.feed(event)
+                    if terminal:
+                        self._keys.poll()
                 if isinstance(event, Finished):
                     self.last = event
         self._recorded = self.engine.generation if self.recorder is not None else None

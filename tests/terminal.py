@@ -124,9 +124,18 @@ class Terminal:
 
     def leave(self) -> int:
         self.child.send("\x04")
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit code of a chat that was told to end."""
         self.child.expect(pexpect.EOF)
         self.child.close()
         return self.child.exitstatus
+
+    def close_window(self) -> int:
+        """The kernel sends SIGHUP, and nothing can be written or read any more; the exit code."""
+        self.child.ptyproc.fileobj.close()
+        return self.child.wait()
 
 
 def plain(text: str) -> str:

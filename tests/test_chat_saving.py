@@ -153,6 +153,11 @@ def test_where_nothing_can_be_saved_it_says_what_is_left_and_leaving_needs_two_t
     assert text.count("what was said last is kept nowhere") == 1 and "once more leaves" in text, "the second Ctrl-D left"
     assert told(chat, "kept") == ["one"] and chat.loop.failed and chat.loop._failed == NOTHING
     assert chat.type("/exit", "/nothing", "/exit", "/exit", "never").count("kept nowhere") == 2
+    asked = chat.type("/load kept", "/stats", "/load kept")
+    assert asked.count("/load kept once more drops it") == 2 and len(chat.loop.talk.turns) == 2, "something else came between"
+    asked = chat.type("/load kept", "/load kept")
+    assert asked.count("/load kept once more drops it") == 1 and "kept: 1 turn," in asked and len(chat.loop.talk.turns) == 1
+    chat.type("two")
     monkeypatch.undo()
     assert "kept nowhere" not in chat.type("three") and told(chat, "kept") == ["one", "two", "three"] and not chat.loop.failed
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,28 @@ def test_a_conversation_is_streamed_stopped_drawn_saved_and_gone_on_with(tmp_pat
 
 def timeless(turn: dict) -> dict:
     return {name: value for name, value in turn.items() if not name.endswith("seconds")}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "closed"])
+def test_a_reply_is_kept_when_the_window_is_closed_or_the_chat_is_told_to_end(tmp_path, long_question, how):
+    with Terminal(tmp_path, *LONG) as chat:
+        chat.prompt()
+        chat.begin(long_question, "thinking [0-9]+ tokens")
+        if how == "closed":
+            assert chat.close_window() == 130
+        else:
+            chat.child.kill(signal.SIGTERM)
+            chat.wait("stopped; what was written is kept")
+            assert chat.ended() == 130
+    (turn,) = said(tmp_path / "zoomr-local" / "chats" / "last")["turns"]
+    assert turn["user"] == long_question and turn["reason"] == "cancelled" and turn["reasoning_tokens"] > 0
+
+
+def test_sigterm_between_two_messages_ends_a_chat_at_once(tmp_path):
+    with Terminal(tmp_path) as chat:
+        chat.prompt()
+        chat.child.kill(signal.SIGTERM)
+        assert chat.ended() == 130 and "Traceback" not in chat.child.before
 
 
 def test_keys_ctrl_t_answers_now_a_paste_is_one_message_and_what_is_typed_meanwhile_is_kept(tmp_path, long_question):
