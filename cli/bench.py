@@ -19,7 +19,7 @@ import typer
 
 from zoomr_local.errors import UsageError, ZoomrError
 
-from . import options
+from . import notes, options
 
 if TYPE_CHECKING:
     from zoomr_local.bench import Progress
@@ -94,6 +94,7 @@ def bench(
         "threads": options.thread_count(threads, path), "kv_type": kv_type, "flash_attn": flash_attn, "kv_budget": budget,
         **tiers, "kv_dir": kv_dir and str(tiers["kv_dir"]),
     }  # fmt: skip
+    notes.without_gpu(n_gpu_layers)
     base = Case(str(path), policies[0], depths[0], depth_by, prompt, gen, repetitions, n_gpu_layers, config)
     cases = grid(base, policies, depths)
     run = Run(cases, force, quiet)

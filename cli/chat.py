@@ -6,6 +6,7 @@ Reads flags, opens the model, and hands over to `chat_loop.py`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from zoomr_local.errors import UsageError
 
-from . import options, tracing
+from . import notes, options, tracing
 
 if TYPE_CHECKING:
     from zoomr_local.events import Finished
@@ -28,6 +29,10 @@ def _option(*names: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=_CHAT, **more)
 
 
+Question = Annotated[
+    str | None,
+    typer.Argument(metavar="[QUESTION]", help="One question to answer, in place of one on stdin, which is not read then; without either, a chat.", show_default=False),
+]
 System = Annotated[str | None, _option("-s", "--system", metavar="TEXT", help="The system message.")]
 Continue = Annotated[bool, _option("-c", "--continue", help="Go on with the last conversation, or with --session's.")]
 SessionName = Annotated[
@@ -51,6 +56,7 @@ KvBudget = Annotated[
 
 
 def chat(
+    question: Question = None,
     system: System = None,
     continue_: Continue = False,
     session: SessionName = None,
@@ -95,7 +101,7 @@ def chat(
     seed: options.Seed = 0,
     stop: options.Stop = None,
 ) -> int:
-    """Talk with a model in the terminal, or answer one question from stdin; the conversation has no window."""
+    """Talk with a model in the terminal, or answer one question, given here or on stdin; the conversation has no window."""
     from zoomr_local.policies import POLICIES
     from zoomr_local.thinking import budget_of
 
@@ -115,21 +121,19 @@ def chat(
     budget_of(think_budget, max_tokens)
     if thinking not in (FOLD, SHOW, HIDE):
         raise UsageError(f"--thinking {thinking}: choose fold, show or hide")
-    interactive = sys.stdin.isatty()
+    interactive = question is None and sys.stdin.isatty()
     name = default_name(session, save, interactive or continue_)
     if interactive and as_json:
-        raise UsageError("--json is for a single question: give it on stdin")
+        raise UsageError("--json is for a single question: zoomr chat --json QUESTION, or give it on stdin")
     if interactive and not sys.stdout.isatty():
-        raise UsageError("a chat needs a terminal on stdout; to write an answer to a file give the question on stdin")
+        raise UsageError("a chat needs a terminal on stdout; to write an answer to a file: zoomr chat QUESTION, or give it on stdin")
     held = store.holds(session or LAST)
     if continue_ and not held:
         raise UsageError(f"no conversation is saved in {store.path(session or LAST)}; leave out --continue")
     if session and save and held and not continue_:
         raise UsageError(f"--session {session} holds a conversation; go on with it by --continue, or choose another name")
     editor = _editor(store, save) if interactive else None
-    question = b"" if interactive else sys.stdin.buffer.read().strip()
-    if not interactive and not question:
-        raise UsageError("there is no question on stdin")
+    asked = b"" if interactive else _asked(question)
 
     from zoomr_local.conversation import Conversation
     from zoomr_local.engine import EngineConfig  # loads the native library
@@ -150,6 +154,8 @@ def chat(
         )  # fmt: skip
         return open_engine(path, config, n_gpu_layers)
 
+    notes.without_gpu(n_gpu_layers)
+    notes.bundled(options.model_path(model), None if interactive else [os.fsdecode(asked)], quiet)
     with ChatModels(opened, lambda engine: tracing.recording(trace, engine, sampling, max_tokens, quiet)) as models:
         loaded, engine = models.first()
         say(engine, quiet)
@@ -161,11 +167,19 @@ def chat(
             if system is not None:
                 talk.set_system(system)
         if editor is None:
-            return _single(loop, decoded(question, "stdin", loop.screen.say).strip(), as_json)
+            return _single(loop, decoded(asked, "stdin" if question is None else "the question", loop.screen.say).strip(), as_json)
         cells = f", {engine.config.kv_budget:,} cells" if policy != "full" else ""
         loop.screen.note(f"{loaded.name}, policy {policy}{cells}; /help lists the commands")
         loop.run(editor)
         return 1 if loop.failed else 0
+
+
+def _asked(question: str | None) -> bytes:
+    """The single question: what was given, else all of stdin."""
+    found = sys.stdin.buffer.read() if question is None else os.fsencode(question)
+    if not found.strip():
+        raise UsageError("there is no question on stdin" if question is None else "the question is empty")
+    return found.strip()
 
 
 def _editor(store: Any, save: bool) -> Any:

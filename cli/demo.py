@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options, tracing
+from . import notes, options, tracing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +61,7 @@ def demo(
 
     problems = read_problems(demo_problems_path().read_bytes().split(b"\n"), str(demo_problems_path()))
     path = options.model_path(model)
+    notes.without_gpu(n_gpu_layers)
     tokens = options.budget_tokens(kv_budget, path, quiet=quiet, n_gpu_layers=n_gpu_layers, longest_tokens=_MAX_TOKENS, kv_ram_bytes=tiers["kv_ram"])
     if not quiet:
         print(f"{len(problems)} problems, {path.name}, policies {', '.join(names)}", file=sys.stderr)

@@ -40,7 +40,7 @@ def reference() -> str:
 def _section(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
-    usage = " ".join(["zoomr", name, *(p.name.upper() for p in arguments), "[OPTIONS]"])
+    usage = " ".join(["zoomr", name, *(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments), "[OPTIONS]"])
     lines = [f"## zoomr {name}", "", command.help, "", f"    {usage}", "", "| | default | |", "|---|---|---|"]
     lines += [f"| `{p.name.upper()}` | | {_cell(p.help)} |" for p in arguments]
     for panel in dict.fromkeys(getattr(p, "rich_help_panel", None) for p in options):

@@ -22,7 +22,7 @@ import typer
 
 from zoomr_local.errors import ModelError, UsageError
 
-from . import heads, options, solve_job
+from . import heads, notes, options, solve_job
 from . import solve as solving
 from . import summaries as ways
 
@@ -108,6 +108,7 @@ def evaluation(
     problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
     policies = [options.known_policy(name) for name in _names("--policy", policy)]
     path = options.model_path(model)
+    notes.without_gpu(n_gpu_layers)
     planned = {"kv_type": kv_type, "flash_attn": flash_attn, "n_gpu_layers": n_gpu_layers}
     paged = next((name for name in policies if name != "full"), "zoomr")
     budgets = [options.budget_tokens(part, path, paged, quiet, **planned) for part in _names("--kv-budget", kv_budget)]

@@ -335,4 +335,5 @@ def bundled_models() -> dict[str, Path]:
 
 def tell(text: str) -> None:
     """A line on stderr that is said at once."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take stdout for it
+        print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import typer
 
 from zoomr_local.errors import UsageError
 
-from . import heads, options, tracing
+from . import heads, notes, options, tracing
 from . import solve_dry_run as dry
 from . import solve_flags as flags
 from .solve_input import STDIO, Source, schema_of
@@ -132,6 +132,8 @@ def solve(
         think_budget, trace=trace, replies=replies, beyond=every[len(problems) :],
     )  # fmt: skip
     tracing.refuse_same_file(trace, file, target)
+    notes.without_gpu(n_gpu_layers)
+    notes.bundled(path, (problem.messages[-1]["content"] for problem in problems if problem.messages), quiet)
     if dry_run:
         return dry.run(job, None if target == STDIO else Path(target), overwrite, retry_failed)
     if target == STDIO:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -44,6 +45,15 @@ def test_one_question_from_a_pipe(piped, capsys):
     assert out == ANSWER + "\n" and "thought 35 tokens" in err
     assert piped("hello\n", "-q") == 0
     assert capsys.readouterr() == (ANSWER + "\n", "")
+
+
+def test_one_question_as_an_argument_leaves_stdin_alone(piped, capsys):
+    assert piped("somebody else's\n", " hello ") == 0
+    assert capsys.readouterr().out == ANSWER + "\n" and sys.stdin.read() == "somebody else's\n"
+    assert piped("", "--json", "h\udcffi") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["answer"] == ANSWER and "warning: the question is not UTF-8 from byte 1 on" in err
+    assert piped("x", " ") == 2 and "the question is empty" in capsys.readouterr().err
 
 
 def test_json_is_one_object_with_everything(piped, capsys):

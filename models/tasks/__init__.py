@@ -5,6 +5,7 @@ Owned by models/tasks. Anyone may call it: pure Python, no third-party package.
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 from . import dag, ledger, linsys, series
@@ -40,7 +41,12 @@ def generate(
     return list(found.values())
 
 
+def is_worded(prompt: str) -> bool:
+    """Whether ``prompt`` asks as the problems of the families do. The bundled models know no other question."""
+    return re.search(r" Keep only the last two digits\. What is \w+\?\s*\Z", prompt) is not None
+
+
 __all__ = [
     "FAMILIES", "LONG_THOUGHTS", "MAX_THOUGHTS", "SPLITS", "Problem", "Thought",
-    "generate", "prompt_text", "split_of",
+    "generate", "is_worded", "prompt_text", "split_of",
 ]
