@@ -78,24 +78,45 @@ def share(right: int, n: int) -> str:
 
 
 def figures(result: Result) -> str:
-    """A line a family, budget and policy."""
+    """A line a family, budget and policy; and for each policy one of the families that all policies beside it have."""
     head = ["family", "budget", "policy", "n", "right %", *(f"from {name}" for name in BASELINES), "from full", "cut off", "peak cells", "peak KiB", "mean cells", "tokens/s"]
     rows, shown = [], set()
-    for family in dict.fromkeys(cell["family"] for cell in result["cells"]):
+    families = list(dict.fromkeys(cell["family"] for cell in result["cells"]))
+    for family in families:
         for setting, budget in sets(result):
             others = {policy: [c for c in cells if c["family"] == family] for policy, cells in beside(result, setting, budget).items()}
-            for policy, cells in others.items():
-                for cell in cells:
-                    if (place := (family, policy, cell["kv_budget"], cell["settings_text"])) in shown:
-                        continue
-                    shown.add(place)
-                    apart = ["-" if name == policy or policy == FULL else points(pair([cell], others.get(name, ()))) for name in (*BASELINES, FULL)]
-                    rows.append([
-                        family, str(cell["kv_budget"] or "-"), f"{policy} {cell['settings_text']}".strip(), str(cell["n"]), share(cell["right"], cell["n"]), *apart,
-                        str(cell["out_of_tokens"]), str(cell["resident_peak"]), f"{cell['resident_peak_bytes'] / 1024:.0f}",
-                        f"{cell['resident_mean']:.0f}", f"{cell['tokens_per_s'] or 0:.0f}",
-                    ])  # fmt: skip
+            for cell in (cell for cells in others.values() for cell in cells):
+                if (place := (family, cell["policy"], cell["kv_budget"], cell["settings_text"])) in shown:
+                    continue
+                shown.add(place)
+                rows.append([*_measured(family, [cell], others), *_cost(cell)])
+    for setting, budget in sets(result) if len(families) > 1 else ():
+        common, have = _common(beside(result, setting, budget))
+        name = "all" if len(common) == len(families) else ", ".join(common)
+        more = [[*_measured(name, cells, have), *["-"] * len(_cost(cells[0]))] for cells in have.values() if len(cells) > 1]
+        rows += [row for row in more if row not in rows]  # `full` stands beside every budget
     return table(head, rows)
+
+
+def _measured(family: str, cells: Sequence[Cell], others: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """The columns that are of a policy's answers: ``cells`` of one policy, those of ``others`` beside it."""
+    policy, right, n = cells[0]["policy"], sum(cell["right"] for cell in cells), sum(cell["n"] for cell in cells)
+    apart = ["-" if name == policy or policy == FULL else points(pair(cells, others.get(name, ()))) for name in (*BASELINES, FULL)]
+    return [family, str(cells[0]["kv_budget"] or "-"), f"{policy} {cells[0]['settings_text']}".strip(), str(n), share(right, n), *apart]
+
+
+def _cost(cell: Cell) -> list[str]:
+    return [
+        str(cell["out_of_tokens"]), str(cell["resident_peak"]), f"{cell['resident_peak_bytes'] / 1024:.0f}", f"{cell['resident_mean']:.0f}",
+        f"{cell['tokens_per_s'] or 0:.0f}",
+    ]  # fmt: skip
+
+
+def _common(have: Mapping[str, Sequence[Cell]]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """The families that all policies have, and the cells of those."""
+    families = [{cell["family"] for cell in cells} for cells in have.values()]
+    common = sorted(set.intersection(*families)) if families else []
+    return common, {policy: [cell for cell in cells if cell["family"] in common] for policy, cells in have.items()}
 
 
 def allocation(result: Result) -> str:
@@ -141,10 +162,7 @@ def failures(result: Result) -> list[str]:
 
 def order(result: Result, setting: str, budget: int) -> str:
     """Which policy answered how much, over all families, and what of the papers' orders is seen."""
-    have = {policy: cells for policy, cells in beside(result, setting, budget).items() if policy != FULL}
-    families = [{cell["family"] for cell in cells} for cells in have.values()]
-    common = set.intersection(*families) if families else set()
-    have = {policy: [cell for cell in cells if cell["family"] in common] for policy, cells in have.items()}
+    common, have = _common(beside(result, setting, budget))
     sums = {policy: (sum(c["right"] for c in cells), sum(c["n"] for c in cells)) for policy, cells in have.items()}
     ranked = sorted((policy for policy, (_, n) in sums.items() if n), key=lambda policy: -sums[policy][0] / sums[policy][1])
     if not ranked:
@@ -153,7 +171,7 @@ def order(result: Result, setting: str, budget: int) -> str:
     text = f"`{ranked[0]}` {shares[ranked[0]]}"
     for before, policy in zip(ranked, ranked[1:]):
         text += f" {'=' if shares[before] == shares[policy] else '>'} `{policy}` {shares[policy]}"
-    where = f"At {budget} cells{f' ({setting})' if setting else ''}, {', '.join(sorted(common))}{' together' if len(common) > 1 else ''}"
+    where = f"At {budget} cells{f' ({setting})' if setting else ''}, {', '.join(common)}{' together' if len(common) > 1 else ''}"
     lines = [f"- {where}, right in percent: {text}."]
     for name, paper in PAPERS.items():
         known = [policy for policy in paper if policy in ranked]

@@ -91,7 +91,9 @@ def test_failed_problems_are_in_no_pair_and_are_said(tmp_path):
 
 def test_a_line_a_policy_with_its_differences(result):
     lines = [line.split(" | ") for line in words.figures(result).splitlines()[2:]]
-    assert len(lines) == len(RIGHT) * 2
+    assert len(lines) == len(RIGHT) * 3 and [line[0] for line in lines[-len(RIGHT) :]] == ["| all"] * len(RIGHT)
+    together = next(line for line in lines if line[0] == "| all" and line[2] == "rkv")
+    assert together[3:6] == ["40", "40.0 (26.3, 55.4)", "-"] and together[7].startswith("-60.0 (") and together[8:] == ["-", "-", "-", "-", "- |"]
     rkv = next(line for line in lines if line[2] == "rkv")
     assert rkv == ["| dag", "256", "rkv", "20", "40.0 (21.9, 61.3)", "-", "+40.0 (+15.8, +61.3)", "-60.0 (-78.1, -33.3)", "0", "256", "256", "50", "67 |"]
     full = next(line for line in lines if line[2] == "full")
@@ -107,7 +109,7 @@ def test_reasonalloc_stands_against_each_of_the_others_by_family_and_over_all(re
 
 def test_the_order_is_worded_by_the_intervals(result):
     said = words.order(result, "", 256)
-    assert said.startswith("- At 256 cells, dag, series together, right in percent: `reasonalloc` 90.0 > `rkv` 40.0 = `pyramid` 40.0 > `snapkv` 10.0 > `recency` 0.0.")
+    assert said.startswith("- At 256 cells, dag, series together, right in percent: `full` 100.0 > `reasonalloc` 90.0 > `rkv` 40.0 = `pyramid` 40.0 > `snapkv` 10.0 > `recency` 0.0.")
     first = next(line for line in said.splitlines() if "MATH-500, budget 512" in line)
     assert "reasonalloc > pyramid > rkv > snapkv. Of 6 pairs 5 shown here (" in first and "0 the other way round, 1 not shown." in first
 
