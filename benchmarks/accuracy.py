@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zoomr_local.errors import UsageError, ZoomrError
-from zoomr_local.evaluate_report import plot
+from zoomr_local.evaluate_report import auc_text, plot
 from zoomr_local.grading import wilson_interval
 
 from . import agreement as lookups_agreement
@@ -238,15 +238,15 @@ def agreement(result: Result) -> str:
     for cell in result["cells"]:
         a = cell["agreement"]
         if a:
-            auc = "-" if a["auc"] is None else f"{a['auc']:.3f}"
+            auc = auc_text(a["auc"], a["n"], a["n_wrong"]).partition(" ")[0]
             name = f"{cell['policy']} {cell['settings_text']}".strip()
             rows.append([cell["family"], name, str(cell["kv_budget"]), f"{a['mean']:.3f}", auc, str(a["n"]), str(a["n_wrong"])])
     whole = result["agreement"]
     if not rows or whole is None:
         return "No policy here votes, so there is no agreement."
-    auc = "not defined, as no cell has both right and wrong problems" if whole["auc"] is None else f"{whole['auc']:.3f}"
+    n_wrong = sum(cell["agreement"]["n_wrong"] for cell in result["cells"] if cell["agreement"])
     return (
-        f"Agreement as a predictor that a problem is right: AUC {auc}, n = {whole['n']}, {whole['pairs']} pairs, each within a cell.\n\n"
+        f"Agreement as a predictor that a problem is right: AUC {auc_text(whole['auc'], whole['n'], n_wrong)}; n = {whole['n']}, {whole['pairs']} pairs, each within a cell.\n\n"
         + table(["family", "policy", "budget", "mean agreement", "AUC", "n", "of them wrong"], rows)
     )
 

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from zoomr_local.evaluate_report import LEAST_PROBLEMS
 from zoomr_local.events import BlockClosed, Event, PagedIn, PagedOut, Refreshed, TokenDecoded
 
 ZOOMED, RESIDENT, OUT = "zoomed", "resident", "out"
 
 RESAMPLES = 2000
-LEAST_PROBLEMS = 5
-"""An interval needs so many problems with a right case and so many with a wrong one: a bootstrap of fewer says nothing."""
-
 _WORKED_OUT = re.compile(r"\bso ([^\s.]+) is (\d+)\.")
 _LOOKED_UP = re.compile(r"(?<=\. )([^\s.]+) is (\d+)\.")
 

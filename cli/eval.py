@@ -222,6 +222,8 @@ def _conclude(result: dict[str, Any], folder: Path, plot: Path | None, as_json: 
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from zoomr_local.evaluate_report import auc_text
+
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_COLUMNS
@@ -230,10 +232,9 @@ def _show(result: dict[str, Any]) -> None:
     console.print("In brackets: 95 % intervals, Wilson's of the share and Newcombe's of the paired difference in points.", soft_wrap=True)
     agreement = result["agreement"]
     if agreement:
-        auc = "-, all right or all wrong" if agreement["auc"] is None else f"{agreement['auc']:.3f}"
+        auc = auc_text(agreement["auc"], agreement["n"], agreement["n_wrong"])
         console.print(
-            f"Agreement as a predictor that a problem is right: AUC {auc} (0.5 is chance), n = {agreement['n']} in all,"
-            f" {agreement['pairs']:,} pairs of a right and a wrong problem of one cell.",
+            f"Agreement as a predictor that a problem is right: AUC {auc}, where 0.5 is chance; {agreement['pairs']:,} pairs of a right and a wrong problem of one cell.",
             soft_wrap=True,
         )
 

@@ -110,7 +110,9 @@ def test_agreement_is_compared_within_cells_only():
         ZOOMR: [record("a", True, 0.9), record("b", True, 0.8)],  # an easy family: all right, much agreement
         other: [record("c", True, 0.2), record("d", False, 0.3)],
     }
-    assert report.report(found)["agreement"] == {"auc": 0.0, "pairs": 1, "n": 4}
+    assert report.report(found)["agreement"] == {"auc": 0.0, "pairs": 1, "n": 4, "n_wrong": 1}
+    assert report.auc_text(0.0, 4, 1) == "- (wrong problems: 1 of 4; it takes 5 of either kind)"
+    assert report.auc_text(0.25, 10, 5) == "0.250" and report.auc_text(0.25, 9, 5).startswith("- (") and report.auc_text(None, 20, 0).startswith("- (")
 
 
 def test_a_grid_without_votes_has_no_agreement():

@@ -81,6 +81,10 @@ def mcnemar_p(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail)
 
 
+LEAST_PROBLEMS = 5
+"""Right, and wrong, problems that it takes to say what predicts which is which."""
+
+
 def ranking_pairs(scores: Sequence[float], right: Sequence[bool]) -> tuple[float, int]:
     """(pairs won, pairs): of all pairs of a right and a wrong problem, how often the right one scored higher.
 
@@ -142,15 +146,22 @@ def agreement_report(found: Mapping[Cell, Sequence[Record]]) -> dict[str, Any] |
     Only problems of one cell are compared with each other: pooled, an easy family whose heads agree more would
     look like prediction.
     """
-    won, pairs, n = 0.0, 0, 0
+    won, pairs, n, n_wrong = 0.0, 0, 0, 0
     for records in found.values():
         scores, right = _votes(records)
-        n += len(scores)
+        n, n_wrong = n + len(scores), n_wrong + len(right) - sum(right)
         more, of = ranking_pairs(scores, right)
         won, pairs = won + more, pairs + of
     if not n:
         return None
-    return {"auc": round(won / pairs, 4) if pairs else None, "pairs": pairs, "n": n}
+    return {"auc": round(won / pairs, 4) if pairs else None, "pairs": pairs, "n": n, "n_wrong": n_wrong}
+
+
+def auc_text(auc: float | None, n: int, n_wrong: int) -> str:
+    """An AUC for a reader: one or two wrong problems, or right ones, would decide it, so fewer than `LEAST_PROBLEMS` give none."""
+    if auc is None or min(n_wrong, n - n_wrong) < LEAST_PROBLEMS:
+        return f"- (wrong problems: {n_wrong} of {n}; it takes {LEAST_PROBLEMS} of either kind)"
+    return f"{auc:.3f}"
 
 
 def _agreement(records: Sequence[Record]) -> dict[str, Any] | None:
