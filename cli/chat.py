@@ -198,7 +198,7 @@ def _single(loop: ChatLoop, question: str, as_json: bool) -> int:
     loop.rescue = "the answer is on stdout, and nowhere else"
     if as_json:
         loop.screen.answer = lambda text: None  # type: ignore[method-assign]
-    done = loop.reply(lambda: loop.talk.send(question, loop.sampling, loop.max_tokens, loop.limits()), terminal=False)
+    done = loop.answer(question)
     if done is None:
         return 1
     if as_json:

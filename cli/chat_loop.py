@@ -89,6 +89,11 @@ class ChatLoop:
 
     # in a terminal
 
+    def answer(self, question: str) -> Finished | None:
+        """The reply to a single question from a pipe. SIGTERM and Ctrl-C stop it; what was written is saved where the chat is."""
+        with self._leaving.heard():
+            return self.reply(lambda: self.talk.send(question, self.sampling, self.max_tokens, self.limits()), terminal=False)
+
     def run(self, editor: LineEditor) -> None:
         """Ask and answer until Ctrl-D or /exit. Raises SystemExit(130) for SIGTERM or a closed window, after what was written is saved."""
         with self._leaving.heard():
@@ -108,8 +113,7 @@ class ChatLoop:
                 continue
             warned = self._warned
             try:
-                with self._leaving.after(lambda: self.engine.cancel()):
-                    self._obey(commands, typed)
+                self._obey(commands, typed)
             except EOFError:
                 if self.may_lose("Ctrl-D or /exit once more leaves"):
                     return
@@ -138,7 +142,14 @@ class ChatLoop:
             self.reply(lambda: self.talk.send(message, self.sampling, self.max_tokens, self.limits()))
 
     def reply(self, start: Callable[[], Iterator[Event]], terminal: bool = True) -> Finished | None:
-        """Draw the events of one turn and save the conversation; None if the turn broke off."""
+        """Draw the events of one turn and save the conversation; None if the turn broke off.
+
+        Told to end meanwhile, it stops and saves, and raises SystemExit(130) in a ``terminal``.
+        """
+        with self._leaving.after(lambda: self.engine.cancel(), leave=terminal):
+            return self._reply(start, terminal)
+
+    def _reply(self, start: Callable[[], Iterator[Event]], terminal: bool) -> Finished | None:
         view = ReplyView(self.screen, self.budget_tokens, self.thinking)
         self.last, before = None, [*self.talk.turns]
         if self.recorder is not None:
@@ -200,7 +211,8 @@ class ChatLoop:
         if not self.talk.turns and place.resolve() not in self.places:
             return
         try:
-            saved, self._failed = self.keep(place)
+            with self._leaving.after(lambda: None):
+                saved, self._failed = self.keep(place)
         except KeyboardInterrupt:
             self._failed = NOTHING
             self.screen.say("warning: this turn is not saved; /save NAME saves it, and so does the next turn")
@@ -251,7 +263,8 @@ class ChatLoop:
         self._save_failed = True
         self._told.discard(TEXT)
         try:
-            saved, failed = self.keep(place)
+            with self._leaving.after(lambda: None):
+                saved, failed = self.keep(place)
         except OSError as error:
             raise SessionError(f"cannot save in {place}: {error.strerror}; /export FILE writes the text") from None
         self._save_failed = failed is not None

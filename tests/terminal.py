@@ -61,7 +61,8 @@ class Cast:
 class Terminal:
     """A chat in a pseudo-terminal; its functions return the text that came since the last thing waited for."""
 
-    def __init__(self, state: Path, *arguments: str, cast: Cast | None = None, **variables: str) -> None:
+    def __init__(self, state: Path, *arguments: str, cast: Cast | None = None, within: str | None = None, **variables: str) -> None:
+        """``within`` is a shell's program that runs the chat as ``"$@"``."""
         environment = {
             **os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1", **variables,
         }  # fmt: skip
@@ -71,8 +72,11 @@ class Terminal:
         if cast is not None:
             cast.shell(" ".join(["zoomr", *command]))
         self.cast = cast
+        program = [sys.executable, "-m", "zoomr_cli", *command]
+        if within is not None:
+            program = ["sh", "-c", within, "sh", *program]
         self.child = pexpect.spawn(
-            sys.executable, ["-m", "zoomr_cli", *command], env=environment, encoding="utf-8", timeout=PATIENCE_SECONDS,
+            program[0], program[1:], env=environment, encoding="utf-8", timeout=PATIENCE_SECONDS,
             dimensions=(ROWS, COLUMNS), codec_errors="replace",
         )  # fmt: skip
         self.child.logfile_read = cast

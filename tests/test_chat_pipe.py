@@ -108,6 +108,23 @@ def test_wrong_use_is_one_line_and_exit_code_2(piped, capsys, text, arguments, m
     assert out == "" and message in err and len(err.splitlines()) == 1
 
 
+def test_sigterm_stops_a_single_reply_and_saves_it(piped, capsys, monkeypatch, tmp_path):
+    from zoomr_local.conversation import Conversation
+    from zoomr_local.engine import Engine
+
+    def told(engine, *arguments, made=Engine._new_generation):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made(engine, *arguments)
+
+    saved = []
+    monkeypatch.setattr(Conversation, "save", lambda talk, place, note: saved.append([turn.reason for turn in talk.turns]))
+    monkeypatch.setattr(Engine, "_new_generation", told)
+    before = signal.getsignal(signal.SIGTERM)
+    assert piped("hello\n", "--save", "--session", f"{tmp_path}/mine", "--json") == 130
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "cancelled"
+    assert saved == [["cancelled"]] and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_ctrl_c_before_there_is_a_generation_is_not_lost(piped, capsys, monkeypatch):
     from zoomr_local.engine import Engine
 

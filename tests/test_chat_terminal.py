@@ -98,6 +98,29 @@ def test_a_reply_is_kept_when_the_window_is_closed_or_the_chat_is_told_to_end(tm
     assert turn["user"] == long_question and turn["reason"] == "cancelled" and turn["reasoning_tokens"] > 0
 
 
+def test_a_reply_is_kept_when_the_shell_does_not_say_that_the_window_is_closed(tmp_path, long_question):
+    """The kernel tells the shell alone; the chat learns it from what it cannot write any more."""
+    kept = tmp_path / "zoomr-local" / "chats" / "last"
+    chat = Terminal(tmp_path, "--thinking", "show", *LONG, within='trap "" HUP; "$@"; exit')
+    chat.prompt()
+    chat.begin(long_question, "Need")
+    chat.close_window()
+    (turn,) = said(kept)["turns"]
+    assert turn["user"] == long_question and turn["reason"] == "cancelled" and turn["reasoning_tokens"] > 0
+
+
+def test_sigterm_ends_a_chat_that_waits_for_an_editor(tmp_path, questions):
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\necho is open\nexec sleep 600\n")
+    editor.chmod(0o700)
+    with Terminal(tmp_path, VISUAL=str(editor)) as chat:
+        chat.prompt()
+        chat.type(questions[0], "thought [0-9,]+ tokens")
+        chat.begin("/edit", "is open")
+        chat.child.kill(signal.SIGTERM)
+        assert chat.ended() == 130
+
+
 def test_sigterm_between_two_messages_ends_a_chat_at_once(tmp_path):
     with Terminal(tmp_path) as chat:
         chat.prompt()

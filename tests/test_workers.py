@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -185,6 +186,45 @@ def test_a_killed_run_leaves_no_processes_and_no_files_of_theirs(tmp_path, opene
         time.sleep(0.01)
     assert len(workers) == 2 and not list(tmp_path.iterdir()), "they closed what they had opened"
     assert not any(_runs(pid) for pid in workers)
+
+
+def _a_run_in_its_own_group(folder, opened):
+    os.setpgid(0, 0)
+    seen = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: seen.append(number))
+    whole = solve_side_by_side(PROBLEMS, partial(opened, folder), 2, print, Recorder(), lambda: bool(seen))
+    os._exit(STOPPED if seen and not whole else 1)
+
+
+STOPPED = 77
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_is_a_stop_and_no_lack_of_memory(tmp_path, number):
+    """As `timeout`, a shutdown and Ctrl-C send it: to the first process and to those that solve."""
+    run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
+    run.start()
+    until = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(run.pid, number)
+    run.join(60)
+    assert run.exitcode == STOPPED and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_before_a_process_has_begun_is_a_stop(tmp_path, capfd):
+    run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
+    run.start()
+    children, until = Path(f"/proc/{run.pid}/task/{run.pid}/children"), time.monotonic() + 60
+    if not children.exists():
+        run.kill()
+        pytest.skip("looks at /proc")
+    while len(children.read_text().split()) < 2 and time.monotonic() < until:  # the first is multiprocessing's own
+        pass
+    os.killpg(run.pid, signal.SIGINT)
+    run.join(60)
+    assert run.exitcode == STOPPED and "Traceback" not in capfd.readouterr().err
 
 
 def _runs(pid):

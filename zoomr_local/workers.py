@@ -12,10 +12,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -52,6 +52,9 @@ def solve_side_by_side(
             pool.shutdown()  # nothing runs any more: they close their engines and delete their page files
         return done
     except BrokenProcessPool:
+        time.sleep(_POLL_S)
+        if stopping():  # the signal that told this process reached the others too, as from `timeout` or a shutdown
+            return False
         raise EngineError(
             f"one of {jobs} processes ended unexpectedly, perhaps for lack of memory; finished problems are kept:"
             " start the same command again with a smaller --jobs"
@@ -76,13 +79,24 @@ def _collect(
             return False
         while left and len(running) < jobs:
             listener.started(left[-1])
-            running.add(pool.submit(_solve, left.pop()))
+            with _deaf_to_interrupts():
+                running.add(pool.submit(_solve, left.pop()))
         ended, running = wait(running, _POLL_S, FIRST_COMPLETED)
         for future in ended:
             record = future.result()
             write(record)
             listener.finished(record)
     return True
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A process that is started in here is deaf to Ctrl-C until `_start` ignores it for good; this one hears it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Deaf:
@@ -98,6 +112,7 @@ class _Deaf:
 def _start(open_solver: OpenSolver) -> None:
     global _solver, _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow, daemon=True).start()
     atexit.register(_close)
