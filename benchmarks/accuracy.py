@@ -125,11 +125,14 @@ def _gap(result: Result, family: str, policy: str, budget: int, asked: str, enou
 
 
 def _time_bar(result: Result) -> Bar:
+    name = "200 problems of one family, policy and budget: at most 10 minutes on two cores"
     measured = [cell for cell in result["cells"] if cell["n"]]
+    if not measured:
+        return name, "not measured", None
     slowest = max(measured, key=lambda cell: cell["seconds"] / cell["n"])
     minutes = 200 * slowest["seconds"] / slowest["n"] / 60 / 2  # seconds are a process's, and two cores have two
     what = f"{minutes:.1f} minutes for 200 in two processes at the pace of the slowest cell, {slowest['family']} {slowest['policy']} {slowest['kv_budget'] or ''}"
-    return "200 problems of one family, policy and budget: at most 10 minutes on two cores", what.strip(), minutes <= 10
+    return name, what.strip(), minutes <= 10
 
 
 def _budget(result: Result, family: str, limit: float) -> int | None:
@@ -180,10 +183,12 @@ def bars_text(results: Sequence[Result]) -> str:
 
 
 def merged(results: Sequence[Result]) -> list[Result]:
-    """One result a model, with the cells of all its results; of cells measured twice the first stands."""
+    """One result a model and way of measuring, with the cells of all its results; of cells measured twice the first stands."""
     found: dict[str, Result] = {}
     for result in results:
-        whole = found.setdefault(json.dumps([result.get("model"), result.get("versions")], sort_keys=True), {**result, "cells": []})
+        asked = {name: value for name, value in (result.get("asked") or {}).items() if name != "n"}
+        alike = [result.get("model"), result.get("versions"), result.get("temperature"), result.get("kv_type"), asked]
+        whole = found.setdefault(json.dumps(alike, sort_keys=True), {**result, "cells": []})
         have = {_place(cell) for cell in whole["cells"]}
         whole["cells"] = whole["cells"] + [cell for cell in result["cells"] if _place(cell) not in have]
     return list(found.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import gguf
 import numpy as np
@@ -40,10 +41,13 @@ _FILE_TYPES = {
 
 
 def load_network(checkpoint: Path, averaged: bool = True) -> tuple[Network, dict]:
-    """The network of a training checkpoint and the checkpoint's other entries."""
-    state = torch.load(checkpoint, weights_only=True)
-    net = Network(Shape(**state["shape"]))
-    net.load_state_dict(state["average" if averaged else "net"])
+    """The network of a training checkpoint and the checkpoint's other entries. Raises ValueError for a file that is none."""
+    try:
+        state = torch.load(checkpoint, weights_only=True)
+        net = Network(Shape(**state["shape"]))
+        net.load_state_dict(state["average" if averaged else "net"])
+    except (KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is no checkpoint of a training run: {type(error).__name__}: {error}".splitlines()[0]) from error
     return net.eval(), state
 
 

@@ -329,18 +329,25 @@ def test_long_statements_are_read_once_or_twice_and_hostile_ones_until_a_bound()
     assert large[1] < MOST_CHARACTERS + 100_000
 
 
-@pytest.mark.parametrize("quote", ['"', "'"])
-def test_the_search_for_deep_keys_looks_at_no_more_of_a_line_from_each_quote_than_a_bound(quote):
-    """Without the bound a line of quotes is read to its end from each of them. Deep keys of longer names fit no file."""
+DOTTED = ".".join("abcdefghijklmnopqrstuvwxyz")
 
-    def key(letters):
-        return ".".join([quote + "a" * letters + quote] * (config._MOST_NAMES + 1))
 
-    dotted = ".".join("abcdefghijklmnopqrstuvwxyz")
-    assert not config._DEEP_KEY.search(f'# see {dotted} = 1\nstop = "{dotted}"  # {dotted}\n')
-    assert config._DEEP_KEY.search(key(config._MOST_LETTERS)) and not config._DEEP_KEY.search(key(config._MOST_LETTERS + 1))
-    names = config.MOST_BYTES // (config._MOST_LETTERS + 4)
-    assert config._toml(Path("x"), ".".join([quote + "a" * (config._MOST_LETTERS + 1) + quote] * min(names, 300)) + " = 1")
+@pytest.mark.parametrize("text", [
+    f'# see, {DOTTED} = 1\nstop = "{DOTTED}"  # [{DOTTED}\n', f'stop = ["x, {DOTTED}", \'[{DOTTED}\']', f'system = """\n{DOTTED} = 1\n[{DOTTED}]\n"""',
+    f"system = \'\'\'\n{DOTTED}\'\'\'", f'stop = "\\", {DOTTED}"', '"' + DOTTED + '" = 1', ".".join("abcdefghijklmnop") + " = 1",
+])  # fmt: skip
+def test_dots_in_strings_and_comments_make_no_deep_key(text):
+    config._toml(Path("x"), text)
+    assert config._deep_line(text) is None
+
+
+@pytest.mark.parametrize("text, line", [
+    (f"{DOTTED} = 1", 1), (f"\n[{DOTTED}]", 2), (f"\na = {{ {DOTTED} = 1 }}", 2), (f"a = [1, {{b = 1, {DOTTED} = 2}}]", 1),
+    (".".join(f'"{"a" * 100}"' for _ in range(17)) + " = 1", 1), (".".join(["\'a.b\'"] * 17) + " = 1", 1),
+    (f'a = """\n"b\n"""\nc = "#"\n {DOTTED} = 1', 5), (f'a = "#"\n{DOTTED}', 2), (f"a = \'\\\'\n[{DOTTED}", 2),
+])  # fmt: skip
+def test_a_deep_key_is_found_with_its_line(text, line):
+    assert config._deep_line(text) == line
 
 
 def test_the_backport_for_python_3_10_reads_the_same(home, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -372,6 +373,37 @@ def test_two_processes_take_the_step_of_their_mean_gradient(tmp_path):
     assert [line["family"] for line in lines] == ["dag", "series"] * 3 and lines[-1]["step"] == 3
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(state["net"][name], one["net"][name]) for name in one["net"])
+
+
+def test_a_run_takes_over_no_run_of_another_recipe(tmp_path):
+    plan = recipe.Recipe("one", 0, 0, 2, 1, 300, 3e-3, 3e-3, 2, 0.5, (0, 1), 0.9, SMALL, (STAGE,))
+    run.Run(plan, tmp_path).save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run of 'one' and the recipe is 'two'; give another folder"):
+        run.train(replace(plan, name="two"), tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name = ", "is no recipe: Invalid value"), ("name = 'x'", "is no recipe: 'stage' is missing"), ("extends = 'none.toml'", "none.toml"),
+    ("extends = 'plain.toml'\nsteppes = 3", "has no setting 'steppes'"),
+])  # fmt: skip
+def test_what_is_no_recipe_is_said_in_a_line(tmp_path, capsys, text, message):
+    plain = Path(recipe.__file__).parent / "plain.toml"
+    (tmp_path / "plain.toml").write_text(plain.read_text())
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(tmp_path / "bad.toml"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and "Traceback" not in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize("data", [b"hello", b"", b"PK\x03\x04"])
+def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, capsys, data):
+    (tmp_path / "junk.pt").write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(Path(recipe.__file__).parent / "plain.toml"), str(tmp_path / "out"), "--start", str(tmp_path / "junk.pt")])
+    assert stop.value.code == 2 and f"{tmp_path / 'junk.pt'} is no checkpoint of a training run" in capsys.readouterr().err
 
 
 def test_a_resumed_run_forgets_the_log_after_its_checkpoint(tmp_path):

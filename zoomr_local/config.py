@@ -33,12 +33,10 @@ PROJECT_NAME, USER_NAME = "zoomr.toml", "config.toml"
 MOST_BYTES = 1 << 16
 _MODELS, _MARKERS = "models", "markers"
 _MOST_NAMES = 16
-_MOST_LETTERS = 40
-_DEEP_KEY = re.compile(
-    rf"""(?:^|[\[{{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){{0,{_MOST_LETTERS}}}"|'[^'\n]{{0,{_MOST_LETTERS}}}')[ \t]*\.[ \t]*){{{_MOST_NAMES},}}""", re.MULTILINE
-)
-"""A key of more names than any setting has: TOML's parser takes minutes and gigabytes for thousands of them. Of longer quoted names a
-file has no room for so many; without that bound the search itself would read the rest of the line from every quote in it."""
+_QUOTED = re.compile(r"""\"{3}(?:[^\\]|\\.)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:[^"\\\n]|\\[^\n])*"?|'[^'\n]*'?|\#[^\n]*""", re.DOTALL)
+"""Strings and comments; one that is not closed goes on to where the parser gives up, so that no text is read twice."""
+_DEEP_KEY = re.compile(rf"""(?:^|[\[{{,])[ \t]*(?:(?:[\w-]+|"")[ \t]*\.[ \t]*){{{_MOST_NAMES},}}""", re.MULTILINE)
+"""A key of more names than any setting has, in a text without what its quotes hold: TOML's parser takes minutes and gigabytes for thousands of them."""
 
 
 @dataclass(frozen=True)
@@ -239,11 +237,18 @@ def _user_source(environment: Mapping[str, str], must: bool = True) -> Source | 
     return None if folder is None else Source(USER, folder / USER_NAME, os.path.lexists(folder / USER_NAME))
 
 
+def _deep_line(text: str) -> int | None:
+    """The line of the first key that is too deep. Dots in strings and comments make no key."""
+    bare = _QUOTED.sub(lambda found: '""' + "\n" * found.group().count("\n"), text)
+    deep = _DEEP_KEY.search(bare)
+    return bare.count("\n", 0, deep.start()) + 1 if deep else None
+
+
 def _read(source: Source) -> tuple[list[Setting], list[dict[str, Any]]]:
     """The settings and markers of one file. Raises UsageError."""
     text = _text(source.path)
-    if deep := _DEEP_KEY.search(text):
-        origin = Origin(source.kind, str(source.path), text.count("\n", 0, deep.start()) + 1)
+    if line := _deep_line(text):
+        origin = Origin(source.kind, str(source.path), line)
         raise wrong(origin, f"a key of more than {_MOST_NAMES} names; no settings are nested so deep")
     data = _toml(source.path, text)
     reader = _Reader(source, text)

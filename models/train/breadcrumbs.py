@@ -89,8 +89,6 @@ class BreadcrumbsRun(Run):
         return {**super().state(), "policy": self.policy.state()}
 
     def load(self, state: dict) -> None:
-        if state["recipe"] != self.recipe.name:
-            raise ValueError(f"{self.out} holds a run of {state['recipe']!r} and the recipe is {self.recipe.name!r}; give another folder")
         super().load(state)
         self.policy.load(state["policy"])
 
@@ -330,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = _checked(load_recipe(args.recipe), args.recipe)
         start = load_network(args.start)[0] if args.start else None
         BreadcrumbsRun(recipe, args.out, start).resume()  # what does not fit is said before any process is started
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     train(recipe, args.out, start)
 

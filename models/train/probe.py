@@ -93,16 +93,20 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=10, help="problems a family")
     parser.add_argument("--families", default=",".join(LONG_THOUGHTS))
     parser.add_argument("--share", type=float, default=1.0, help="length, of the test sets' thoughts")
+    parser.add_argument("--plain", action="store_true", help="a model of plain traces: no summaries, everything in view")
     parser.add_argument("--errors", type=int, default=0, metavar="N", help="also the N most frequent errors under the zoomr mask")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    net, state = load_network(args.checkpoint)
+    try:
+        net, state = load_network(args.checkpoint)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"step {state['step']}, {state['tokens'] / 1e6:.2f} million task tokens, {state['seconds'] / 60:.0f} minutes")
     for family in args.families.split(","):
         thoughts = max(1, round(LONG_THOUGHTS[family] * args.share))
-        rows = [make_row(p) for p in generate(family, args.n, 77, thoughts, "dev")]
-        for kind in MASKS:
+        rows = [make_row(p, summaries=not args.plain) for p in generate(family, args.n, 77, thoughts, "dev")]
+        for kind in ("full",) if args.plain else MASKS:
             c = measure(net, rows, kind)
             print(f"{family:7} {kind:6} tokens {c.right / c.told:.4f}  far values {c.far_right}/{c.far}  whole traces {c.exact}/{c.traces}", flush=True)
             if kind == "zoomr":

@@ -119,8 +119,15 @@ def _spans(thoughts: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file."""
-    raw = _read(path)
+    """Read a recipe file. Raises ValueError, which names it, for one that is no recipe, and OSError for one it extends that is not there."""
+    try:
+        return _recipe(_read(path))
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error).replace("__init__() got an unexpected keyword argument", "has no setting")
+        raise ValueError(f"{path} is no recipe: {said}") from error
+
+
+def _recipe(raw: dict) -> Recipe:
     stages = [Stage(**{**stage, "thoughts": _spans(stage["thoughts"])}) for stage in raw.pop("stage")]
     shape = Shape(vocab=len(TOKENS) + (raw.get("style") == "beacons"), **raw.pop("shape"))
     raw["index_layers"], raw["beacon_every"] = tuple(raw["index_layers"]), tuple(raw.get("beacon_every", ()))

@@ -202,7 +202,10 @@ def main() -> None:
     if not args.checkpoint.is_file():
         parser.error(f"there is no checkpoint {args.checkpoint}")
     torch.set_num_threads(args.threads)
-    net, _ = load_network(args.checkpoint, not args.raw)
+    try:
+        net, _ = load_network(args.checkpoint, not args.raw)
+    except ValueError as error:
+        parser.error(str(error))
     has_beacon = net.shape.vocab > tok.BEACON
     rates = [int(c) for c in (args.beacons or ("4,8,16" if has_beacon else "0")).split(",")]
     if any(rates) and not has_beacon:

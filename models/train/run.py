@@ -94,10 +94,12 @@ class Run(Learner):
         os.replace(part, self.out / f"{name}.pt")
 
     def resume(self) -> None:
-        """Continue from the checkpoint, if there is one."""
+        """Continue from the checkpoint, if there is one. Raises ValueError for one of another recipe, or of none."""
         path = self.out / "checkpoint.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = load_network(path)[1]
+            if state["recipe"] != self.recipe.name:
+                raise ValueError(f"{self.out} holds a run of {state['recipe']!r} and the recipe is {self.recipe.name!r}; give another folder")
             self.load(state)
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 
@@ -266,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe = load_recipe(args.recipe)
         start = load_network(args.start)[0] if args.start else None
-        Run(recipe, args.out, start)  # what does not fit is said before any process is started
-    except ValueError as error:
+        Run(recipe, args.out, start).resume()  # what does not fit is said before any process is started
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     train(recipe, args.out, start)
 
