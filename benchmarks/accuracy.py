@@ -186,12 +186,16 @@ def merged(results: Sequence[Result]) -> list[Result]:
     """One result a model and way of measuring, with the cells of all its results; of cells measured twice the first stands."""
     found: dict[str, Result] = {}
     for result in results:
-        asked = {name: value for name, value in (result.get("asked") or {}).items() if name != "n"}
-        alike = [result.get("model"), result.get("versions"), result.get("temperature"), result.get("kv_type"), asked]
-        whole = found.setdefault(json.dumps(alike, sort_keys=True), {**result, "cells": []})
+        whole = found.setdefault(json.dumps([result.get("model"), result.get("versions"), _way(result)], sort_keys=True), {**result, "cells": []})
         have = {_place(cell) for cell in whole["cells"]}
         whole["cells"] = whole["cells"] + [cell for cell in result["cells"] if _place(cell) not in have]
     return list(found.values())
+
+
+def _way(result: Result) -> dict[str, Any]:
+    """How it was measured, but for the number of problems."""
+    asked = {name: value for name, value in (result.get("asked") or {}).items() if name != "n"}
+    return {**asked, "temperature": result.get("temperature"), "kv_type": result.get("kv_type")}
 
 
 def _place(cell: Cell) -> tuple[str, str, int | None, str]:
@@ -320,15 +324,16 @@ def pictures_text(results: Sequence[Result]) -> str:
 def drawn(results: Sequence[Result]) -> dict[str, Result]:
     """What each picture shows, by its file name: every cell of one model.
 
-    Raises UsageError if two models, or two versions of what ran them, would share a picture.
+    Raises UsageError if two models, two versions of what ran them, or two ways of measuring would share a picture.
     """
     found: dict[str, Result] = {}
     for result in merged(results):
         other = found.setdefault(picture(result), result)
         if other is not result:
             raise UsageError(
-                f"--plot: the results of {result['model']['file']} are of two models or versions (SHA-256 {other['model']['sha256'][:8]}"
-                f" and {result['model']['sha256'][:8]}, {other['versions']} and {result['versions']}); name those of one"
+                f"--plot: the results of {result['model']['file']} are of two models, versions or ways of measuring (SHA-256"
+                f" {other['model']['sha256'][:8]} and {result['model']['sha256'][:8]}, {other['versions']} and {result['versions']},"
+                f" {_way(other)} and {_way(result)}); name those of one"
             )
     return found
 

@@ -271,7 +271,7 @@ def test_every_model_has_a_picture_and_two_of_one_name_are_refused():
     one, other, changed = ({"model": {"file": file, "sha256": digit * 64}, "versions": {}, "cells": []} for file, digit in (("m.gguf", "a"), ("n.gguf", "b"), ("m.gguf", "c")))
     assert list(accuracy.drawn([one, other, one])) == ["accuracy-m.png", "accuracy-n.png"]
     assert accuracy.pictures_text([one, other]).count("](accuracy-") == 2
-    with pytest.raises(UsageError, match="of two models or versions \\(SHA-256 aaaaaaaa and cccccccc"):
+    with pytest.raises(UsageError, match="of two models, versions or ways of measuring \\(SHA-256 aaaaaaaa and cccccccc"):
         accuracy.drawn([one, changed])
 
 
@@ -281,6 +281,10 @@ def test_results_of_one_model_are_judged_together_and_of_two_apart():
     eighth = {"model": one, "command": "y", "cells": [measured("series", "full", None, 1), measured("series", "zoomr", 125, 100, -100)]}
     other = {"model": two, "command": "z", "cells": [measured("series", "full", None, 100)]}
     whole, apart = accuracy.merged([quarter, eighth, other])
+    for changed in ({"asked": {"seed": 9}}, {"temperature": 1.0}, {"kv_type": "q8_0"}):
+        assert len(accuracy.merged([quarter, {**eighth, **changed}])) == 2, "measured in another way"
+    assert len(accuracy.merged([quarter | {"asked": {"seed": 0, "n": 200}}, eighth | {"asked": {"seed": 0, "n": 20}}])) == 1
+    assert next(bar for bar in accuracy.bars({**whole, "cells": [{**c, "n": 0} for c in whole["cells"]]}) if "10 minutes" in bar[0])[1:] == ("not measured", None)
     assert [(c["policy"], c["kv_budget"]) for c in whole["cells"]] == [("full", None), ("zoomr", 250), ("zoomr", 125)]
     judged = {asked: met for asked, _, met in accuracy.bars(whole)}
     assert judged["series, a quarter of the full trace (250 cells): zoomr within 2 points of full"] is True
