@@ -174,8 +174,9 @@ def bars_text(results: Sequence[Result]) -> str:
         if len(models) > 1 and not _has(result, "zoomr") and not _has(result, "breadcrumbs"):
             continue  # something to compare with: no bar is for it
         found = bars(result, models)
-        missed = sum(met is False for _, _, met in found)
-        head = f"**{missed} of {len(found)} bars are not reached.**" if missed else "Every bar that was measured is reached."
+        missed, open_ = (sum(met is verdict for _, _, met in found) for verdict in (False, None))
+        also = f" {open_} {'is' if open_ == 1 else 'are'} not measured." if open_ else ""
+        head = (f"**{missed} of {len(found)} bars are not reached.**" if missed else "Every bar that was measured is reached.") + also
         words = {True: "met", False: "**not met**", None: "not measured"}
         rows = [[asked, measured, words[met]] for asked, measured, met in found]
         parts.append(f"{_title(result, models)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}")

@@ -118,13 +118,21 @@ class Run:
     def __init__(self, cases: list[Case], force: bool, quiet: bool) -> None:
         self.cases, self.force, self.quiet = cases, force, quiet
         self.results: list[dict[str, Any]] = []
+        self._busy_before: str | None = None  # why every figure is marked, whatever was seen while it was taken
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of all results so far."""
+        return [row for result in self.results for row in self._rows(result)]
+
+    def _rows(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         from zoomr_local.bench_report import rows
 
-        return [row for result in self.results for row in rows(result, self.force)]
+        found = rows(result, self.force)
+        if self._busy_before:  # a short measurement may meet nobody between two ticks of the clock
+            for row in found:
+                row.update(busy=True, reason=row["reason"] or f"before it began, {self._busy_before}")
+        return found
 
     def refuse_busy(self) -> None:
         """Raises ZoomrError if other processes are computing now and ``force`` was not given."""
@@ -133,6 +141,7 @@ class Run:
         reason = bench_meter.why_busy_now()
         if reason and not self.force:
             raise ZoomrError(f"the machine is busy: {reason}, so no figure could be quoted; wait for it, or measure all the same with --force")
+        self._busy_before = reason
         if reason:
             self.tell(f"the machine is busy ({reason}); figures are marked with *", always=True)
 
@@ -172,9 +181,9 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
     def _outcome(self) -> str:
-        from zoomr_local.bench_report import rows, speed_text
+        from zoomr_local.bench_report import speed_text
 
-        found = rows(self.results[-1], self.force)
+        found = self._rows(self.results[-1])
         texts = [f"{row['test'].split(' @')[0]} {speed_text(row)}" for row in found if row["tokens_per_second"] is not None]
         return ", ".join(texts) + " t/s" if texts else f"{found[0]['status']}: {found[0]['reason']}"
 

@@ -32,7 +32,7 @@ _MOST_ROWS = 40
 _NARROW, _LEAST_LABEL = 72, 6  # columns: below, a row of /kv has fewer of them; and what is worth a label
 _UNREAD = "the message was not read to its end, and the conversation is as it was before it"
 _CUTS = {
-    "budget": "it reached --think-budget", "loop": "it repeated itself", "asked": "you asked for the answer",
+    "budget": "it reached --think-budget, or the share of --max-tokens that auto leaves for thinking", "loop": "it repeated itself", "asked": "you asked for the answer",
     "ended": "the model stopped without an answer",
 }  # fmt: skip
 _CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *range(0x80, 0xA0)])

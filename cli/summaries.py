@@ -15,6 +15,7 @@ from zoomr_local.errors import UsageError
 if TYPE_CHECKING:
     from zoomr_local.dialects import MarkerSet
 
+_SMALL = "; in a small budget this loses answers, so take all that memory allows (--kv-budget auto)"
 
 def user_markers() -> tuple[MarkerSet, ...]:
     """The marker sets of the user's file. Raises UsageError that names the file and what is wrong."""
@@ -44,7 +45,7 @@ def say(engine: Any, quiet: bool) -> None:
             print(f"note: policy {config.policy} makes no blocks, so --summaries is not used", file=sys.stderr)
         return
     if config.summaries == "auto" and chosen.mode != "learned":
-        print(f"summaries: {chosen.mode}; {chosen.why} (--summaries takes another way)", file=sys.stderr)
+        print(f"summaries: {chosen.mode}; {chosen.why} (--summaries takes another way){_SMALL}", file=sys.stderr)
     used = chosen.as_dict()
     for name in ("thought_min", "summary_max"):
         if getattr(config, name) is not None and name not in used:
@@ -81,6 +82,6 @@ def check(modes: Iterable[str], policies: Iterable[str], model: Path, quiet: boo
         for mode in modes:
             chosen, why = resolve(mode, opened.markers, opened.name)
             if mode == "auto" and chosen != "learned" and not quiet:
-                print(f"summaries: {chosen}; {why} (--summaries takes another way)", file=sys.stderr)
+                print(f"summaries: {chosen}; {why} (--summaries takes another way){_SMALL}", file=sys.stderr)
     finally:
         opened.close()

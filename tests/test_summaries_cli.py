@@ -23,7 +23,7 @@ def said(capsys, mode, config):
 
 
 def test_what_auto_took_is_one_line(capsys):
-    assert said(capsys, "extractive", {}) == "summaries: extractive; the reason (--summaries takes another way)\n"
+    assert said(capsys, "extractive", {}) == "summaries: extractive; the reason (--summaries takes another way)" + summaries._SMALL + "\n"
     assert said(capsys, "learned", {}) == "" == said(capsys, "prompted", {"summaries": "prompted"})
 
 

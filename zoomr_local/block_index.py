@@ -11,15 +11,12 @@ from typing import Any, Sequence
 import numpy as np
 
 from .libllama import LlamaContext
-from .policies import Settings
+from .policies import MAX_ROWS, Settings
 from .policies.zoomr import head_votes, shared_votes
 from .timeline import Block
 
 ROW_TOKENS = 32
 """A block without a summary gets one row per this many tokens of its own keys: one mean over more loses too much."""
-
-MAX_ROWS = 8
-"""No block takes more rows than this, so that a long piece does not crowd the index."""
 
 LEAST_ROW_TOKENS = 16
 """A sentence shorter than this shares a row with its neighbour."""

@@ -12,7 +12,7 @@ from typing import Any
 from .dialects import LEAST_SUMMARY_MAX, LEAST_THOUGHT_TOKENS, MODES
 from .errors import BudgetError, UsageError
 from .plan import MIN_BUDGET_TOKENS
-from .policies import POLICIES, Settings
+from .policies import MAX_ROWS, POLICIES, Settings
 from .policies.heads import CLUSTER_CHOICES, CLUSTER_QUERIES
 from .tiers import PAGE_TYPES
 
@@ -112,6 +112,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.summary_rows is not None and self.summary_rows > MAX_ROWS:
+            raise UsageError(f"--summary-rows {self.summary_rows}: must be at most {MAX_ROWS}")
 
     def asked(self) -> dict[str, Any]:
         """What changes results, for a manifest: threads and folders are left out. So is what versions without a choice did (how thoughts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import BlockView, Policy, Selection, Settings, TokenView
+from .base import MAX_ROWS, BlockView, Policy, Selection, Settings, TokenView
 from .breadcrumbs import Breadcrumbs
 from .full import Full
 from .heads import HEAD_POLICIES, HeadPolicy

@@ -16,6 +16,9 @@ import numpy as np
 LEAST = {"votes_per_head": 0, "zoomed_blocks": 0, "refresh_tokens": 1, "window_tokens": 0, "vote_window_tokens": 1,
          "summary_rows": 1, "summary_tokens": 0, "sink_tokens": 0, "beacon_every": 0}
 
+MAX_ROWS = 8
+"""No block takes more index rows than this, so that a long piece does not crowd the index."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,10 +48,12 @@ class Settings:
     beacon_every: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number below its least value."""
+        """Raises ValueError for a number below its least value, and for too many rows."""
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.summary_rows > MAX_ROWS:
+            raise ValueError(f"summary_rows is {self.summary_rows}, must be at most {MAX_ROWS}")
 
 
 @dataclass(frozen=True)
