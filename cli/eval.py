@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundled"
 DEFAULT_PROBLEMS = 100
+_FIRST_LOOK = 10
 _FILE_MAX_TOKENS = 4096  # as `zoomr solve`
 _PIPE_COLUMNS = 160  # where stdout is no terminal nothing is wrapped
 
@@ -179,6 +180,10 @@ def _evaluate(run: Run, quiet: bool, overwrite: bool, retry_failed: bool) -> Any
         with make_progress(total, tally, cell.budget_tokens, quiet) as progress:
             yield progress
 
+    if not quiet and len(run.cells) > 1:
+        each = max(len(problems) for problems in run.suite.problems.values())
+        first = f"; for a first look: -n {_FIRST_LOOK}" if each > _FIRST_LOOK else ""
+        print(f"{len(run.cells)} cells of a grid, {sum(len(run.suite.problems[cell.family]) for cell in run.cells):,} problems in all{first}", file=sys.stderr, flush=True)
     return evaluate(run, watch, overwrite, retry_failed)
 
 
