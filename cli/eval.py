@@ -175,16 +175,21 @@ def _evaluate(run: Run, quiet: bool, overwrite: bool, retry_failed: bool) -> Any
     def watch(number: int, cell: Cell, tally: Tally) -> Iterator[Any]:
         total = len(run.suite.problems[cell.family])
         if not quiet:
+            if number == 0:
+                print(_amount(run), file=sys.stderr, flush=True)
             begun = f", {tally.done} done already" if tally.done else ""
             print(f"[{number + 1} of {len(run.cells)}] {cell.label}: {total} problems{begun}", file=sys.stderr, flush=True)
         with make_progress(total, tally, cell.budget_tokens, quiet) as progress:
             yield progress
 
-    if not quiet and len(run.cells) > 1:
-        each = max(len(problems) for problems in run.suite.problems.values())
-        first = f"; for a first look: -n {_FIRST_LOOK}" if each > _FIRST_LOOK else ""
-        print(f"{len(run.cells)} cells of a grid, {sum(len(run.suite.problems[cell.family]) for cell in run.cells):,} problems in all{first}", file=sys.stderr, flush=True)
     return evaluate(run, watch, overwrite, retry_failed)
+
+
+def _amount(run: Run) -> str:
+    """How much the whole grid is, before hours of it have begun."""
+    every = [len(run.suite.problems[cell.family]) for cell in run.cells]
+    first = f"; for a first look: -n {_FIRST_LOOK}" if max(every) > _FIRST_LOOK else ""
+    return f"{len(every)} cell{'s' * (len(every) != 1)}, {sum(every):,} problems in all{first}"
 
 
 def _result(run: Run, found: Any, asked: dict[str, Any]) -> dict[str, Any]:

@@ -138,4 +138,4 @@ def test_a_look_ahead_at_other_letters_under_ascii_is_no_traceback(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "zoomr_cli", "solve", "in.csv", "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Wie gro\\xdf ist \\xbd + \\xbd?" in done.stdout and done.stderr == ""
+    assert "Wie gro\\xdf ist \\xbd + \\xbd?" in done.stdout and "Traceback" not in done.stderr

@@ -105,8 +105,8 @@ def test_every_cell_gets_the_same_problems_and_stdout_only_the_table(here, capsy
     for name in ("in.full.jsonl", "in.zoomr.256.jsonl", "in.zoomr.512.jsonl"):
         assert ids(name) == ["p0", "p1", "p2", "p3"]
     out, err = capsys.readouterr()
-    assert "Accuracy" in out and "100.0 (51.0, 100.0)" in out and "AUC -, all right or all wrong" in out
-    assert "[3 of 3] in zoomr 512: 4 problems" in err
+    assert "Accuracy" in out and "100.0 (51.0, 100.0)" in out and "AUC - (wrong problems: 0 of 12; it takes 5" in " ".join(out.split())
+    assert err.startswith("3 cells, 12 problems in all\n[1 of 3] in full: 4 problems") and "[3 of 3] in zoomr 512: 4 problems" in err
 
 
 def test_json_is_the_whole_report_and_a_policy_as_good_as_full_differs_by_0(here, capsys):
