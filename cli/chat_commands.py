@@ -99,7 +99,7 @@ class Commands(CacheCommands):
         if not self.chat.talk.turns:
             raise UsageError("there is no message to edit; Ctrl-G edits the one that you type")
         old = self.chat.talk.turns[-1].user
-        text = edited(old)
+        text = edited(old, self.chat.whole)
         if not text.strip():
             raise UsageError("nothing is left of the message, so it stays as it was; /undo takes it back")
         if text == old:

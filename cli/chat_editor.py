@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from zoomr_local.errors import UsageError
@@ -15,11 +17,11 @@ from zoomr_local.errors import UsageError
 _FALLBACKS = ("editor", "nano", "vi")
 
 
-def edited(text: str) -> str:
+def edited(text: str, whole: Callable[[], AbstractContextManager[None]] = nullcontext) -> str:
     """``text`` as it was left in $VISUAL or $EDITOR (else an editor that is installed), without the line end behind it; ``text``
     itself if nothing was changed.
 
-    The file that is edited is readable by its owner only and is removed. Raises UsageError if the editor cannot be
+    The editor is started within ``whole()``, which no signal may cut in two. The file that is edited is readable by its owner only and is removed. Raises UsageError if the editor cannot be
     started, fails, or leaves what is not text.
     """
     command = _command()
@@ -29,7 +31,7 @@ def edited(text: str) -> str:
         written = (text + "\n").encode("utf-8", "surrogateescape")
         with open(file, "wb") as out:
             out.write(written)
-        code = _run([*command, name])
+        code = _run([*command, name], whole)
         if code != 0:
             raise UsageError(f"{command[0]} ended with code {code}; nothing was changed")
         if path.read_bytes() == written:  # line ends included, at the end too
@@ -56,10 +58,17 @@ def _command() -> list[str]:
     raise UsageError("no editor is known; set VISUAL or EDITOR")
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str], whole: Callable[[], AbstractContextManager[None]]) -> int:
     """The exit code. Ctrl-C is the editor's meanwhile: a handler, and not SIG_IGN, which the editor would inherit."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    before, editor = signal.signal(signal.SIGINT, lambda *_: None), None
     try:
-        return subprocess.call(command)
+        with whole():  # told to end while it starts, the chat would leave it behind
+            editor = subprocess.Popen(command)
+        return editor.wait()
+    except BaseException:
+        if editor is not None:
+            editor.kill()
+            editor.wait()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)

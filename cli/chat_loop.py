@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,10 @@ class ChatLoop:
             self.autosave()
         return self.last
 
+    def whole(self) -> AbstractContextManager[None]:
+        """What is in this block is not cut in two by SIGTERM or a closed window; the chat ends after it then."""
+        return self._leaving.after(lambda: None)
+
     def happened(self, told: list[Event], recorded: list[Event]) -> None:
         """Events between two turns: say some, record all. A recorder that has not seen this generation sees it as it is then."""
         view = ReplyView(self.screen, self.budget_tokens, self.thinking)
@@ -211,7 +215,7 @@ class ChatLoop:
         if not self.talk.turns and place.resolve() not in self.places:
             return
         try:
-            with self._leaving.after(lambda: None):
+            with self.whole():
                 saved, self._failed = self.keep(place)
         except KeyboardInterrupt:
             self._failed = NOTHING
@@ -263,7 +267,7 @@ class ChatLoop:
         self._save_failed = True
         self._told.discard(TEXT)
         try:
-            with self._leaving.after(lambda: None):
+            with self.whole():
                 saved, failed = self.keep(place)
         except OSError as error:
             raise SessionError(f"cannot save in {place}: {error.strerror}; /export FILE writes the text") from None
