@@ -143,8 +143,10 @@ def chat(
     planned = {"kv_type": kv_type, "flash_attn": flash_attn, "n_gpu_layers": n_gpu_layers, "kv_ram_bytes": tiers["kv_ram"]}
     sampling = SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, tuple(stop or ()))
 
+    first = options.model_path(model)
+
     def opened(name: str | None) -> Any:
-        path = options.model_path(model if name is None else user_path(name))
+        path = first if name is None else options.model_path(user_path(name))
         budget = {} if policy == "full" and kv_budget == DEFAULT_BUDGET else options.budget(policy, kv_budget, path, quiet, **planned)
         config = EngineConfig(
             policy=policy, **budget, kv_type=kv_type, flash_attn=flash_attn, threads=options.thread_count(threads, path),
@@ -155,7 +157,7 @@ def chat(
         return open_engine(path, config, n_gpu_layers)
 
     notes.without_gpu(n_gpu_layers)
-    notes.bundled(options.model_path(model), None if interactive else [os.fsdecode(asked)], quiet)
+    notes.bundled(first, None if interactive else [os.fsdecode(asked)], quiet)
     with ChatModels(opened, lambda engine: tracing.recording(trace, engine, sampling, max_tokens, quiet)) as models:
         loaded, engine = models.first()
         say(engine, quiet)

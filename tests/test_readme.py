@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -44,6 +45,31 @@ def test_memory_is_the_measured_peak():
     paged = [mib(memory_report.beyond_bytes(part, name[key]), 1) for key in ("far", "farthest")]
     assert row("zoomr, 64 MiB of RAM")[1:] == paged
     assert row("zoomr, q8_0 pages in RAM")[1:] == [mib(memory_report.beyond_bytes(part, name["packed"]), 0), "-"]
+
+
+def test_the_tiers_cost_is_the_measured_median():
+    part = json.loads((RESULTS / "memory.json").read_text())["parts"]["tiers"]
+    name = memory_report.names(part)
+    near, farthest, packed = (f"{statistics.median(part['ms'][name[key]]):.0f}" for key in ("near", "farthest", "packed"))
+    assert f"as long at 128k as at 1k ({farthest} and {near} ms),\nwith q8_0 pages {packed} ms at 32k" in README
+
+
+def right(file: str, policy: str, settings: str = "") -> tuple[int, int]:
+    """Right answers and problems of a policy in a quarter of the trace, or of `full`, over all families."""
+    cells = json.loads((RESULTS / file).read_text())["cells"]
+    mine = [c for c in cells if (c["policy"], c["settings_text"]) == (policy, settings) and c["kv_budget"] in (652, None)]
+    assert len({c["family"] for c in mine}) == len(mine) == 4
+    return sum(c["right"] for c in mine), sum(c["n"] for c in mine)
+
+
+def test_what_models_without_summaries_keep_is_what_was_measured():
+    tiny, plain = "heads-zoomr-tiny-clusterkv.json", "heads-plain-tiny.json"
+    (kept, n), (whole, _) = (right(tiny, policy) for policy in ("clusterkv", "full"))
+    assert right(plain, "clusterkv") == (kept, n) and right(plain, "full") == (whole, n)
+    assert f"`clusterkv` answered {kept} of {n} with zoomr-tiny and as many with plain-tiny, which writes no summaries (`full` {whole} of {n} with either)" in README
+    modes = "summaries-plain-tiny.json"
+    (solved, n), (control, _), (full, _) = right(modes, "zoomr", "summaries=extractive"), right(modes, "recency"), right(modes, "full")
+    assert solved == control and f"this solved {solved} of {n} problems of our small test model, as many as `recency`; the full cache {full}" in README
 
 
 def test_accuracy_is_the_measured_share():

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from processes import still_runs, wait_until
 
 from zoomr_cli.main import main
 from zoomr_local.errors import EngineError, ModelError
@@ -176,16 +177,12 @@ def opened_to_close_slowly(folder):
 def test_a_killed_run_leaves_no_processes_and_no_files_of_theirs(tmp_path, opened):
     run = get_context("fork").Process(target=solve_side_by_side, args=(PROBLEMS, partial(opened, tmp_path), 2, print, Recorder()))
     run.start()
-    until = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(path.name) for path in tmp_path.iterdir()]
     run.kill()
     run.join()
-    while list(tmp_path.iterdir()) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert len(workers) == 2 and not list(tmp_path.iterdir()), "they closed what they had opened"
-    assert not any(_runs(pid) for pid in workers)
+    wait_until(lambda: not list(tmp_path.iterdir()))  # they close what they have opened
+    assert not any(still_runs(pid) for pid in workers)
 
 
 def _a_run_in_its_own_group(folder, opened):
@@ -205,39 +202,21 @@ def test_a_signal_to_the_whole_group_is_a_stop_and_no_lack_of_memory(tmp_path, n
     """As `timeout`, a shutdown and Ctrl-C send it: to the first process and to those that solve."""
     run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
     run.start()
-    until = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     os.killpg(run.pid, number)
     run.join(60)
     assert run.exitcode == STOPPED and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a process that has not begun is seen in /proc only")
 def test_ctrl_c_before_a_process_has_begun_is_a_stop(tmp_path, capfd):
     run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
     run.start()
-    children, until = Path(f"/proc/{run.pid}/task/{run.pid}/children"), time.monotonic() + 60
-    if not children.exists():
-        run.kill()
-        pytest.skip("looks at /proc")
-    while len(children.read_text().split()) < 2 and time.monotonic() < until:  # the first is multiprocessing's own
-        pass
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2, pause=0)  # the first is multiprocessing's own
     os.killpg(run.pid, signal.SIGINT)
     run.join(60)
     assert run.exitcode == STOPPED and "Traceback" not in capfd.readouterr().err
-
-
-def _runs(pid):
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        try:
-            os.kill(pid, 0)
-            if Path(f"/proc/{pid}/stat").exists() and ") Z " in Path(f"/proc/{pid}/stat").read_text():
-                return False  # nobody has waited for it
-        except ProcessLookupError:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_a_process_that_dies_is_an_error_and_no_endless_wait():

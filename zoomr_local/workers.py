@@ -52,8 +52,8 @@ def solve_side_by_side(
             pool.shutdown()  # nothing runs any more: they close their engines and delete their page files
         return done
     except BrokenProcessPool:
-        time.sleep(_POLL_S)
-        if stopping():  # the signal that told this process reached the others too, as from `timeout` or a shutdown
+        time.sleep(_POLL_S)  # a signal to the whole group, as `timeout` and a shutdown send it, may end the others before it is heard here
+        if stopping():
             return False
         raise EngineError(
             f"one of {jobs} processes ended unexpectedly, perhaps for lack of memory; finished problems are kept:"

@@ -195,7 +195,7 @@ def loop(run: Run, take_step: Callable[[Run, Random], dict], logs: Callable[[int
     """Take steps to the end of the recipe, saving on the way and logging the steps for which ``logs`` is true."""
     run.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(run.recipe.threads)
-    torch.set_flush_denormal(True)  # a peaked attention makes many in its backward; four first steps: 21.8 s with them, 12.8 s without
+    torch.set_flush_denormal(True)  # a peaked attention makes many in its backward, and they are slow (models/LOG.md)
     saved, first = run.seconds, side_by_side.rank() == 0
     if first:
         _forget_after(run.out / "log.jsonl", run.step)
