@@ -16,6 +16,8 @@ except ImportError:
     from models import tasks, tokenizer
     from models.train import recall
 
+IS = tokenizer.encode(" is")[0]
+
 ASKED = {  # what a thought copies, and the sentence of the prompt that has it
     "dag": (r"(?:After|Next) (\w+)(?:, (\w+))?\. Need (\w+) and (\w+)\.", "{made} adds {a} and {b}"),
     "ledger": (r"(?:After (\w+), |Next )(\w+ with \w+)\. Need (\w+) and (\w+)\.", "{made} takes {a} and {b}"),
@@ -69,20 +71,27 @@ def test_the_recall_drill_asks_for_every_key_again():
 
 @pytest.mark.parametrize("every", [4, 8])
 def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
-    """The rows say what the drill says, and of the pair that is asked for only beacons and the question are in view."""
+    """The rows say what the drill says, names that nothing is said of between; of the pair asked for only beacons are in view.
+
+    In each row some pairs are parted by a beacon where they are listed and whole where they are asked, and others the other way round.
+    """
     seen_whole = 0
     for seed in range(6):
-        ids, weights, mask, sources = recall.beacon_recall_batch(Random(seed), 400, 6, every)
-        assert abs(ids.size - 400) < 2 * ids.shape[1]
+        ids, weights, mask, sources = recall.beacon_recall_batch(Random(seed), 900, 20, every)
+        assert abs(ids.size - 900) < 2 * ids.shape[1]
         for row, told, view, source in zip(ids, weights, mask[:, 0], sources, strict=True):
+            beacons = np.flatnonzero(row == tokenizer.BEACON)
+            assert beacons[0] == every and (np.diff(beacons) == every + 1).all()
             text = np.flatnonzero(row != tokenizer.BEACON)
-            assert (row[text[-1] + 1 :] == tokenizer.BEACON).all() and (np.diff(np.flatnonzero(row == tokenizer.BEACON)) == every + 1).all()
-            begun = len(text) - 48
-            assert 0 <= begun < every
-            first = {k: (t, v) for t, k, v in zip(text[begun:][:24:4], row[text[begun:]][:24:4], row[text[begun:]][2:24:4], strict=True)}
-            for t in np.flatnonzero(told):
-                asked = text[list(text).index(t) - 2]
-                at, value = first[row[asked]]
-                assert row[t] == value and row[source[t]] != tokenizer.BEACON and source[t] < t
-                seen_whole += view[source[t], at]
-    assert seen_whole <= every  # a pair listed last may still stand uncompressed when it is asked for first
+            says = [i for i in range(len(text) - 1) if row[text[i + 1]] == IS]
+            listed = {row[text[i]]: text[i : i + 3] for i in says[:20]}
+            assert len(says) == 40 and len(listed) == 20 and len(text) == 160 + 10 * every
+            parted = []
+            for asked in (text[i : i + 3] for i in says[20:]):
+                first = listed[row[asked[0]]]
+                assert (row[asked] == row[first]).all() and told[asked[2]] == 1
+                assert source[asked[2]] == asked[1]
+                seen_whole += view[asked[1], first[2]]
+                parted.append(tuple(np.searchsorted(beacons, p[2]) > np.searchsorted(beacons, p[0]) for p in (first, asked)))
+            assert told.sum() == 20 and {(False, True), (True, False)} <= set(parted)
+    assert seen_whole <= 2 * every  # a pair listed last may still stand uncompressed when it is asked for first

@@ -49,15 +49,18 @@ def beacon_recall_batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(ids, weights, mask, sources) of `recall_batch` under beacons every ``every`` tokens: as in `Batch`, about ``tokens`` in all.
 
-    Up to ``every`` - 1 tokens stand before the list, so that a beacon may come anywhere in a pair.
+    Names that nothing is said of stand between the pairs, a quarter of ``every`` on average. So in each row some pairs are parted by a beacon
+    where they are listed, some where they are asked, some in both: with all pairs at one distance from the beacons, those of a row would be
+    parted in both or in neither, and the one is not learned without the other.
     """
-    ids, weights = recall_batch(rng, tokens * every // (every + 1), pairs)
-    before = rng.randrange(every)
+    others = pairs * every // 2
+    rows = max(1, tokens * every // (every + 1) // (8 * pairs + others))
     made = []
-    for row, told in zip(ids, weights, strict=True):
-        lead = np.array([rng.choice(_KEYS) for _ in range(before)], np.int64)
-        whole = reply_row(np.concatenate([lead, row]), 0, np.concatenate([np.zeros(before, np.float32), told]))
-        made.append(with_beacons(whole, every))
+    for row, told in zip(*recall_batch(rng, rows * 8 * pairs, pairs), strict=True):
+        unsaid = sorted(set(_KEYS) - set(row.tolist()))
+        before = sorted(4 * rng.randrange(2 * pairs) for _ in range(others))
+        ids = np.insert(row, before, rng.choices(unsaid, k=others))
+        made.append(with_beacons(reply_row(ids, 0, np.insert(told, before, 0.0)), every))
     rows, masks, sources = zip(*made, strict=True)
     return np.stack([r.ids for r in rows]), np.stack([r.weights for r in rows]), np.stack(masks)[:, None], np.stack(sources)
 

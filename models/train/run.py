@@ -118,11 +118,11 @@ class Run(Learner):
         return factor
 
 
-def _recall_step(run: Run, stage: Stage, rng: Random) -> float:
+def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> float:
     recipe, mask, sources = run.recipe, None, None
     pairs = rng.randint(3, max(4, min(stage.recall_pairs, 4 + run.step // 4)))
-    if recipe.style == "beacons":
-        made = beacon_recall_batch(rng, stage.recall_tokens, pairs, rng.choice(recipe.beacon_every))
+    if every:
+        made = beacon_recall_batch(rng, stage.recall_tokens, pairs, every)
         ids, weights, mask, sources = map(torch.from_numpy, made)
     else:
         ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
@@ -172,8 +172,10 @@ def train_step(run: Run, rng: Random) -> dict:
         "lookup": right[torch.from_numpy(batch.lookup)].float().mean().item(),
         "index": index.item(), "hit": [round(p[1], 3) for p in parts],
     }  # fmt: skip
+    if every:
+        report["beacon_every"] = every
     if stage.recall_tokens:
-        report["recall"] = _recall_step(run, stage, rng)
+        report["recall"] = _recall_step(run, stage, rng, every)
     if stage.reading_tokens:
         report["reading"] = _reading_step(run, stage, rng, turn)
     run.update(min(recipe.average, run.step / (run.step + 10)))
