@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.reader import Reader
 from benchmarks.speed import commit, machine, tell
 from benchmarks.turns import ROOT
-from zoomr_cli import options, render, versions
+from zoomr_cli import INTERRUPTED, SOME_FAILED, options, render, versions
 from zoomr_cli import solve as solving
 from zoomr_local.engine import EngineConfig
 from zoomr_local.errors import ModelError, UsageError, ZoomrError
@@ -30,8 +30,6 @@ from zoomr_local.solve import Tally
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGETS = "652"
 """The budget of docs/accuracy.md: a quarter of the full trace."""
-
-INTERRUPTED, SOME_FAILED = 130, 3
 
 
 def parser(module: str, purpose: str, split: str, n: int) -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130
+from . import INTERRUPTED
+
 _COMPLETE = "_ZOOMR_COMPLETE"  # set by the shells' completion scripts
 _NO_WRAPPING = "10000"
 

@@ -19,14 +19,12 @@ import typer
 
 from zoomr_local.errors import UsageError, ZoomrError
 
-from . import notes, options
+from . import INTERRUPTED, SOME_FAILED, notes, options
 
 if TYPE_CHECKING:
     from zoomr_local.bench import Progress
     from zoomr_local.bench_case import Case
 
-SOME_FAILED = 3
-INTERRUPTED = 130
 DEFAULT_BUDGET = 512  # tokens, as in every command
 LONG_SECONDS = 600  # a depth that takes longer to reach by text gets the advice to plant it
 

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .__main__ import INTERRUPTED
+from . import INTERRUPTED
 
 _STREAMS = (0, 1, 2)
 

@@ -22,7 +22,7 @@ import typer
 
 from zoomr_local.errors import ModelError, UsageError
 
-from . import heads, notes, options, solve_job
+from . import INTERRUPTED, SOME_FAILED, heads, notes, options, solve_job
 from . import solve as solving
 from . import summaries as ways
 
@@ -136,7 +136,7 @@ def evaluation(
     if found is None:
         again = _command(context.obj, without=("--overwrite",))
         print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
-        return solve_job.INTERRUPTED
+        return INTERRUPTED
     asked = {"suite": suite, "n": count, "seed": seed, **({"thoughts": thoughts, "split": split} if suite == BUNDLED else {})}
     return _conclude(_result(run, found, asked), folder, plot, as_json, quiet)
 
@@ -223,7 +223,7 @@ def _conclude(result: dict[str, Any], folder: Path, plot: Path | None, as_json: 
         print(json.dumps(result))
     else:
         _show(result)
-    return solve_job.SOME_FAILED if failed else 0
+    return SOME_FAILED if failed else 0
 
 
 # ---------------------------------------------------------------- drawing

@@ -15,11 +15,10 @@ import typer
 
 from zoomr_local.errors import ZoomrError
 
-from . import bench, calibrate, chat, config, demo, doctor, models, plan, policies, problems, solve, view
+from . import INTERRUPTED, bench, calibrate, chat, config, demo, doctor, models, plan, policies, problems, solve, view
 from .eval import evaluation
 from .settings import ConfiguredGroup
 
-INTERRUPTED = 130
 _CONTROLS = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), 0x7F, *range(0x80, 0xA0)])
 
 app = typer.Typer(

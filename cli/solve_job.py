@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from zoomr_local.errors import UsageError
 from zoomr_local.sizes import counted
 
-from . import summaries, tracing
+from . import INTERRUPTED, SOME_FAILED, summaries, tracing
 from .solve_replies import Replies
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from zoomr_local.solve import Problem
     from zoomr_local.solve import Solver
     from zoomr_local.tally import Tally
-
-SOME_FAILED = 3
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
