@@ -28,6 +28,7 @@ not say (to us) what follows; chosen here:
   has one network a rate.
 - A supervised warm-up (`warm_up` steps on reference traces under the beacon mask) before the first rollout, in either mode. The paper starts from a
   pretrained model and has none; here a beacon begins as one new embedding row that means nothing, and reference traces cost no sampling.
+- The beacon network has three layers more than the policy, and the drill of the warm-up supervises where they look (`gathering.py` says why).
 - Rollouts are of shorter problems than those that are evaluated, as their tokens are sampled one after the other on two cores. So that long traces
   are not forgotten meanwhile, each rollout step is followed by `references` supervised ones of the stage's lengths, in either mode.
 """
@@ -53,6 +54,7 @@ from ..tasks import Problem, generate, prompt_text
 from . import side_by_side
 from .batches import Row, reply_row
 from .beacons import with_beacons
+from .gathering import with_layers
 from .network import Network
 from .recipe import Recipe, load_recipe
 from .rollout import Reply, is_right, reply_limit, sample
@@ -74,14 +76,18 @@ class BreadcrumbsRun(Run):
     def __init__(self, recipe: Recipe, out: Path, start: Network | None = None) -> None:
         """Both networks begin as ``start``; None where a checkpoint is there to resume from. Raises ValueError for a start of another shape."""
         super().__init__(recipe, out)
-        shape = replace(recipe.shape, vocab=recipe.shape.vocab - 1)
+        layers = recipe.breadcrumbs.layers
+        shape = replace(recipe.shape, vocab=recipe.shape.vocab - 1, layers=recipe.shape.layers - layers)
         policy = Network(shape)
         if start is not None:
             if start.shape != shape:
                 raise ValueError(f"the start is {start.shape}, but the recipe needs {shape}")
             policy.load_state_dict(start.state_dict())
+            begun = with_beacon_row(start)
+            if layers:
+                begun = with_layers(begun, layers, recipe.seed)
             for net in (self.net, self.average):
-                net.load_state_dict(with_beacon_row(start).state_dict())
+                net.load_state_dict(begun.state_dict())
         rate = recipe.breadcrumbs.policy_lr
         self.policy = Learner(policy, [torch.optim.AdamW(policy.parameters(), rate, (0.9, 0.98), weight_decay=0.0)], (rate,))
 
@@ -263,7 +269,8 @@ def take_step(run: BreadcrumbsRun, rng: Random) -> dict:
     if run.step < crumbs.warm_up:
         return train_step(run, rng)
     report = rollout_step(run, rng)
-    losses = [train_step(run, rng)["loss"] for _ in range(crumbs.references)]
+    beside = Random(f"{run.recipe.seed}/{run.step}/references/{side_by_side.rank()}")  # the same problems in either mode
+    losses = [train_step(run, beside)["loss"] for _ in range(crumbs.references)]
     return report | ({"reference": float(np.mean(losses))} if losses else {})
 
 

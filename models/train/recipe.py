@@ -43,7 +43,8 @@ class Breadcrumbs:
     problems and samples: of a step with rollouts, all of one family and length; slack: most tokens of a reply, in reference traces;
     clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply;
     thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step,
-    in one process all of one family.
+    in one process all of one family; layers: how many the beacon network has more than the policy, after its first (`gathering.py`), and
+    look_weight: of the loss on their attention in the recall drill.
     """
 
     mode: str
@@ -57,12 +58,16 @@ class Breadcrumbs:
     only_right: bool = False
     thoughts: dict[str, tuple[int, int]] | None = None
     references: int = 0
+    layers: int = 0
+    look_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; there are {' and '.join(MODES)}")
         if self.references < 0:
             raise ValueError(f"references is {self.references}, must be at least 0")
+        if self.layers < 0 or self.layers == 1:
+            raise ValueError(f"layers is {self.layers}, must be 0 or at least 2: one for what a beacon parts, the others to gather")
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}: replies to one problem are compared, so there must be at least 2")
 

@@ -20,6 +20,7 @@ import torch
 from ..export import load_network
 from . import side_by_side
 from .batches import task_batch
+from .gathering import look_loss
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
@@ -118,18 +119,24 @@ class Run(Learner):
         return factor
 
 
-def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> float:
-    recipe, mask, sources = run.recipe, None, None
+def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> dict:
+    recipe, mask, sources, layers = run.recipe, None, None, 0
     pairs = rng.randint(3, max(4, min(stage.recall_pairs, 4 + run.step // 4)))
     if every:
         made = beacon_recall_batch(rng, stage.recall_tokens, pairs, every)
-        ids, weights, mask, sources = map(torch.from_numpy, made)
+        ids, weights, mask, sources, looks = map(torch.from_numpy, made)
+        layers = recipe.breadcrumbs.layers if recipe.breadcrumbs else 0
     else:
         ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
-    hidden, _ = run.net(ids, mask)
+    hidden, taps = run.net(ids, mask, tuple(range(1, layers + 2)) if layers else ())
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
+    report = {"recall": (right * weights).sum().item() / weights.sum().item()}
+    if layers:
+        more, best = look_loss(taps, looks, mask, layers)
+        loss = loss + recipe.breadcrumbs.look_weight * more
+        report["looks"] = [round(x, 3) for x in best]
     (recipe.recall_weight * loss).backward()
-    return (right * weights).sum().item() / weights.sum().item()
+    return report
 
 
 _LONG_PROMPTS = ("dag", "ledger", "linsys")
@@ -175,7 +182,7 @@ def train_step(run: Run, rng: Random) -> dict:
     if every:
         report["beacon_every"] = every
     if stage.recall_tokens:
-        report["recall"] = _recall_step(run, stage, rng, every)
+        report |= _recall_step(run, stage, rng, every)
     if stage.reading_tokens:
         report["reading"] = _reading_step(run, stage, rng, turn)
     run.update(min(recipe.average, run.step / (run.step + 10)))
