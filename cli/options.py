@@ -48,11 +48,11 @@ Model = Annotated[
 ]
 GpuLayers = Annotated[
     int,
-    _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, help="Layers on the GPU, if the engine was built for one."),
+    _option(_MODEL, "--n-gpu-layers", "-ngl", metavar="N", min=0, max=2**31 - 1, help="Layers on the GPU, if the engine was built for one."),
 ]
 Threads = Annotated[
     int | None,
-    _option(_MODEL, "-t", "--threads", metavar="N", min=1, help="CPU threads. Default: one a core; 1 for models below 32 MiB."),
+    _option(_MODEL, "-t", "--threads", metavar="N", min=1, max=512, help="CPU threads. Default: one a core; 1 for models below 32 MiB."),
 ]
 
 Policy = Annotated[
@@ -140,7 +140,7 @@ Sinks = Annotated[
 
 MaxTokens = Annotated[
     int,
-    _option(_SAMPLE, "-n", "--max-tokens", metavar="N", min=1, help="Most tokens of a reply, thoughts included."),
+    _option(_SAMPLE, "-n", "--max-tokens", metavar="N", min=1, max=2**31 - 1, help="Most tokens of a reply, thoughts included."),
 ]
 Temperature = Annotated[float, _option(_SAMPLE, "--temp", metavar="X", help="0 is greedy.")]
 TopK = Annotated[int, _option(_SAMPLE, "--top-k", metavar="N", help="0 is off.")]

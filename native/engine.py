@@ -56,15 +56,16 @@ def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
                "--no-build-isolation", "--require-hashes", "-r", str(PIN_FILE), "-d", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = sorted(folder.glob("llama*.tar.gz"))
+    found = sorted(folder.glob("llama*.tar.gz"))  # with those of earlier pins
     if done.returncode != 0 or not found:
         raise EngineSourceError(
             f"pip could not download llama-cpp-python {version} (sha256 {digest[:12]}...):\n{done.stdout.strip()}\n"
             "Without a network, unpack that source distribution yourself and build with\n"
             "  CMAKE_ARGS=-DZOOMR_LLAMA_CPP_DIR=/path/to/llama_cpp_python/vendor/llama.cpp pip install .")
-    if sha256(found[-1]) != digest:
+    pinned = next((archive for archive in found if sha256(archive) == digest), None)
+    if pinned is None:
         raise EngineSourceError(f"{found[-1]} does not have the sha256 that {PIN_FILE} pins; delete it and try again")
-    return found[-1]
+    return pinned
 
 
 def unpack(archive: Path, target: Path, wanted: tuple[str, ...] = WANTED) -> None:

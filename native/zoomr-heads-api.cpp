@@ -84,7 +84,9 @@ llama_memory_ptr zoomr_context::swap_memory(llama_context * ctx, llama_memory_pt
     } catch (const std::exception & err) {
         ctx->memory.swap(memory);
         ctx->sched_need_reserve = true;
-        throw zoomr_error { ZOOMR_ERR_UNSUPPORTED, err.what() };
+        // llama.cpp has one kind of exception for all its failures; this one is no matter of the model's form
+        const bool space = std::string(err.what()).find("failed to allocate") != std::string::npos || dynamic_cast<const std::bad_alloc *>(&err);
+        throw zoomr_error { space ? ZOOMR_ERR_SPACE : ZOOMR_ERR_UNSUPPORTED, err.what() };
     }
     return memory;
 }

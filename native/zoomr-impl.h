@@ -110,6 +110,7 @@ struct zoomr_context {
     //
 
     void rows_reach(uint32_t n);           // rows [0, n) are initialised, to zero where never written
+    static void zero(ggml_tensor * t, size_t offset, size_t size);
     void rows_write(uint32_t layer, uint32_t row, const float * src);
     void key_f32   (uint32_t layer, uint32_t stream, uint32_t cell, float * dst) const;
 

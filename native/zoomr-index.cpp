@@ -10,6 +10,12 @@ uint32_t zoomr_context::n_rows_pad() const {
     return reserving ? n_rows_max : GGML_PAD(n_rows, ZOOMR_ROWS_PAD);
 }
 
+// not ggml_backend_tensor_memset: some backends (OpenCL) have none and abort
+void zoomr_context::zero(ggml_tensor * t, size_t offset, size_t size) {
+    const std::vector<uint8_t> zeros(size);
+    ggml_backend_tensor_set(t, zeros.data(), offset, size);
+}
+
 // memory beyond is never touched, so a large n_rows_max costs address space only
 void zoomr_context::rows_reach(uint32_t n) {
     n = std::min(GGML_PAD(n, ZOOMR_ROWS_PAD), n_rows_max);
@@ -21,12 +27,12 @@ void zoomr_context::rows_reach(uint32_t n) {
 
     for (size_t il = 0; il < layers.size(); ++il) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            ggml_backend_tensor_memset(rows, 0, il*rows->nb[3] + h*rows->nb[2] + n_rows_zero*rows->nb[1], n_new*rows->nb[1]);
+            zero(rows, il*rows->nb[3] + h*rows->nb[2] + n_rows_zero*rows->nb[1], n_new*rows->nb[1]);
         }
         // a sequence that was not decoded since has no score, which reads as 0
         for (uint32_t s = 0; s < n_seq_max; ++s) {
             for (uint32_t h = 0; h < n_head; ++h) {
-                ggml_backend_tensor_memset(scores, 0, il*scores->nb[3] + s*scores->nb[2] + h*scores->nb[1] + n_rows_zero*sizeof(float), n_new*sizeof(float));
+                zero(scores, il*scores->nb[3] + s*scores->nb[2] + h*scores->nb[1] + n_rows_zero*sizeof(float), n_new*sizeof(float));
             }
         }
     }

@@ -97,7 +97,7 @@ void zoomr_context::init_tensors() {
     // rows and scores are initialised as they are used, see rows_reach()
     for (ggml_tensor * t : { keys, query }) {
         if (t) {
-            ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            zero(t, 0, ggml_nbytes(t));
         }
     }
 }

@@ -77,7 +77,7 @@ def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
     """
     seen_whole = 0
     for seed in range(6):
-        ids, weights, mask, sources = recall.beacon_recall_batch(Random(seed), 900, 20, every)
+        ids, weights, mask, sources, _ = recall.beacon_recall_batch(Random(seed), 900, 20, every)
         assert abs(ids.size - 900) < 2 * ids.shape[1]
         for row, told, view, source in zip(ids, weights, mask[:, 0], sources, strict=True):
             beacons = np.flatnonzero(row == tokenizer.BEACON)

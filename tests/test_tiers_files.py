@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from tiers import FINGERPRINT, FullAfter, content, opened, page_files, put
 
 from zoomr_local.errors import StorageError
-from zoomr_local.tiers import PageStore, RawPages, TierLimits, pagefile
+from zoomr_local.tiers import PageStore, RawPages, TierLimits, directory, pagefile
 from zoomr_local.tiers.directory import PageDirectory, default_base, free_bytes
 from zoomr_local.tiers.pagefile import HEADER_BYTES, PageFileError, PageInfo, read_page, write_page
 
@@ -192,7 +193,8 @@ def test_only_what_is_ours_is_deleted(tmp_path, dead_pid):
     gone = [stale / "lock", stale / "page-1-0-detail.page", stale / "page-1-1-summary.tmp", mixed / "page-1-0-detail.page"]
     for file in kept + gone:
         file.parent.mkdir(exist_ok=True)
-        file.write_text("x")
+        file.write_text(directory._machine())
+    os.utime(mixed, (0, 0))  # it has no lock, and not only just now
     link = tmp_path / f"zoomr-{dead_pid}-44444444"
     link.symlink_to(elsewhere)
     (tmp_path / f"zoomr-{dead_pid}-55555555").write_text("a file")
@@ -201,6 +203,31 @@ def test_only_what_is_ours_is_deleted(tmp_path, dead_pid):
         PageDirectory(tmp_path).close()
     assert all(file.exists() for file in kept) and not any(file.exists() for file in gone)
     assert not stale.exists() and link.is_symlink() and (tmp_path / f"zoomr-{dead_pid}-55555555").exists()
+
+
+@pytest.mark.parametrize("machine, days, stays", [
+    ("{host} {boot}", 0, False),
+    ("{host} an-earlier-start", 0, False),
+    ("a-container {boot}", 0, False),
+    ("elsewhere another-start", 0, True),
+    ("elsewhere another-start", 29, True),
+    ("elsewhere another-start", 31, False),
+    ("", 0, True),  # written by nobody we know: perhaps about to be
+    (None, 0, True),  # no lock yet
+    (None, 1, False),
+])
+def test_what_another_machine_may_still_use_stays(tmp_path, dead_pid, machine, days, stays, monkeypatch):
+    """In a folder that machines share their processes' numbers say nothing here, and locks may not either."""
+    host, boot = directory._machine().split(" ")
+    path = tmp_path / f"zoomr-{dead_pid}-00000000"
+    path.mkdir()
+    (path / "page-1-0-detail.page").write_text("x")
+    if machine is not None:
+        (path / "lock").write_text(machine.format(host=host, boot=boot or "a-start"))
+    monkeypatch.setattr(directory, "_machine", lambda: f"{host} {boot or 'a-start'}")
+    os.utime(path, (time.time() - 86_400 * days,) * 2)
+    PageDirectory(tmp_path).close()
+    assert path.exists() == stays
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused_early(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import test_tiers_faults
 from test_tiers_faults import of, run, thoughts
@@ -9,6 +10,7 @@ from test_tiers_faults import of, run, thoughts
 from zoomr_local.checkpoint import Checkpoint
 from zoomr_local.errors import StorageError
 from zoomr_local.events import BlockLost, Warned
+from zoomr_local.policies.base import Selection
 from zoomr_local.tiers import Fault, PageStore
 
 
@@ -37,6 +39,20 @@ def test_a_block_whose_page_was_lost_and_stored_anew_is_not_lost(tmp_path):
     assert isinstance(said, Warned) and "stays in RAM" in said.message
     assert g.cache.lost_blocks == 0 and g.cache.available().all()
     g.cache.store.close()
+
+
+def test_a_block_in_cells_whose_page_is_lost_is_stored_anew_when_it_leaves_them(tmp_path):
+    g, events = run(tmp_path, watch=lambda g, events: None)
+    cache, store = g.cache, g.cache.store
+    block = next(b for b in np.flatnonzero(cache._in["detail"]).tolist() if (b, "detail") in store)
+    store._fail("write", store._pages[(block, "detail")], OSError(28, os.strerror(28)), lost=True)
+    (said,) = cache.flush()
+    assert isinstance(said, Warned) and (block, "detail") not in store
+    assert cache.lost_blocks == 0 and cache.available().all()
+    n = len(cache.available())
+    moved = list(cache.apply(Selection(np.zeros(n, bool), cache._in["summary"][:n].copy())))
+    assert not of(BlockLost, moved) and (block, "detail") in store and not cache._in["detail"][block]
+    store.close()
 
 
 def test_an_error_comes_through_where_every_event_is_a_checkpoint(tmp_path):

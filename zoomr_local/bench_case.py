@@ -22,7 +22,7 @@ from .bench_depth import STATE_TOKENS, Deep, drain, open_deep
 from .engine import Engine, EngineConfig
 from .errors import UnsupportedModel, ZoomrError
 from .libllama import LlamaContext, gpus
-from .libllama.devices import physical_cores
+from .libllama.devices import usable_cores
 from .model import Model
 
 WARM_TOKENS = 8
@@ -138,7 +138,7 @@ def about(model: Model, case: Case, config: EngineConfig) -> dict[str, Any]:
     return {
         "model_name": model.name, "model_type": model.llama.desc, "model_size_bytes": model.size_bytes,
         "model_params": model.llama.n_params, "backend": ",".join(devices) or "CPU",
-        "threads": config.threads or physical_cores(), "type_k": config.kv_type, "type_v": config.kv_type,
+        "threads": config.threads or usable_cores(), "type_k": config.kv_type, "type_v": config.kv_type,
         "flash_attn": config.flash_attn,
     }  # fmt: skip
 

@@ -20,6 +20,9 @@ FLAG_LEAST = {"refresh": 1, "votes_per_head": 0, "zoomed_blocks": 0, "window": 0
               "beacon_every": 1, "batch": 1, "sinks": 0, "dense_layers": 0, "clusters_added": 1, "threads": 1, "kv_ram": 0, "kv_disk": 0,
               "thought_min": LEAST_THOUGHT_TOKENS, "summary_max": LEAST_SUMMARY_MAX}
 
+MAX_THREADS = 512
+"""ggml's GGML_MAX_N_THREADS. More are no error there: the process ends when the system makes no more of them."""
+
 ON_FULL = ("drop", "stop", "error")
 
 SUMMARY_SHARE = 3
@@ -112,6 +115,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UsageError(f"--threads {self.threads}: must be at most {MAX_THREADS}")
+        if self.kv_budget >= 2**31:
+            raise BudgetError(f"--kv-budget {self.kv_budget}: must be below {2**31} tokens")
         if self.summary_rows is not None and self.summary_rows > MAX_ROWS:
             raise UsageError(f"--summary-rows {self.summary_rows}: must be at most {MAX_ROWS}")
 

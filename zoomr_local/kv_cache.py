@@ -336,7 +336,8 @@ class KVCache:
 
     def _faults(self) -> Iterator[Event]:
         for fault in self.store.take_faults():
-            if fault.key in self.store:  # lost and stored anew from its cells
+            block, part = fault.key
+            if fault.key in self.store or self._in[part][block]:  # stored anew from its cells, or it will be when it leaves them
                 fault = replace(fault, lost=False)
             if fault.operation not in self._warned:
                 self._warned.add(fault.operation)

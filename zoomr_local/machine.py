@@ -1,4 +1,4 @@
-"""What this machine has: free memory, free disk, what this process takes. Imports nothing of ours but the errors.
+"""What this machine has: free memory, free disk, processor time, what this process takes. Imports nothing of ours but the errors.
 
 No dependency is needed for it: Linux and its containers say it in /proc and /sys, macOS in two of its own commands.
 GPUs are asked through llama.cpp (`libllama.gpus`), not here.
@@ -59,7 +59,9 @@ def _linux_memory(root: Path) -> Memory:
 def _container_limit(root: Path) -> Memory | None:
     """The tightest memory limit of the control groups (versions 1 and 2) that this process is in, or None."""
     tightest = None
-    for folder, limit_name, used_name, cache_name in _groups(root):
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, limit_name, used_name, cache_name in _groups(root, "memory", v2, v1):
         try:
             limit = int((folder / limit_name).read_text())
             used = int((folder / used_name).read_text())
@@ -73,19 +75,31 @@ def _container_limit(root: Path) -> Memory | None:
     return tightest
 
 
-def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
-    v2 = ("memory.max", "memory.current", "inactive_file")
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+def cpu_limit(root: Path = Path("/")) -> float | None:
+    """Cores' worth of processor time that the container's control groups (versions 1 and 2) allow, or None. ``root`` is for tests."""
+    found = []
+    for folder, *names in _groups(root, "cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+        except (OSError, ValueError):
+            continue  # "max", or a file this kernel does not have
+        if quota > 0 and period > 0:  # -1: no limit
+            found.append(quota / period)
+    return min(found, default=None)
+
+
+def _groups(root: Path, controller: str, v2: tuple[str, ...], v1: tuple[str, ...]) -> list[tuple]:
+    """(folder, file names) of every control group this process is in, in either version."""
     top = root / "sys/fs/cgroup"
-    found = [(top, *v2), (top / "memory", *v1)]
+    found = [(top, *v2), (top / controller, *v1)]
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return found
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        at, names = (top, v2) if not controllers else (top / "memory", v1)
-        if controllers and "memory" not in controllers.split(","):
+        at, names = (top, v2) if not controllers else (top / controller, v1)
+        if controllers and controller not in controllers.split(","):
             continue
         parts = Path(path).parts[1:]
         found += [(at.joinpath(*parts[: i + 1]), *names) for i in range(len(parts))]

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import UsageError
 from .gguf_file import printable
 from .problems import Columns, Gathered, Problem, checked_messages, json_lines, prompt_messages, refuse_one_document
+from .sampling import MAX_REPEAT_LAST
 from .schema import compile_schema
 
 URL = "/v1/chat/completions"
@@ -115,8 +116,8 @@ def _is_whole(value: int | float) -> bool:
 
 
 _OPTIONS = {  # key of a body: our option, the values it may have, how that is said
-    "max_tokens": ("max_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number from 1 on"),
-    "max_completion_tokens": ("max_tokens", lambda v: _is_whole(v) and v >= 1, "a whole number from 1 on"),
+    "max_tokens": ("max_tokens", lambda v: _is_whole(v) and 1 <= v < 2**31, "a whole number of 1 to 2147483647"),
+    "max_completion_tokens": ("max_tokens", lambda v: _is_whole(v) and 1 <= v < 2**31, "a whole number of 1 to 2147483647"),
     "temperature": ("temperature", lambda v: 0 <= v <= 2, "a number of 0 to 2"),
     "top_p": ("top_p", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     "seed": ("seed", lambda v: _is_whole(v) and 0 <= v < 2**32 - 1, "a whole number of 0 to 4294967294"),
@@ -125,7 +126,7 @@ _OPTIONS = {  # key of a body: our option, the values it may have, how that is s
     "min_p": ("min_p", lambda v: 0 <= v < 1, "a number of 0 to below 1"),
     "repeat_penalty": ("repeat_penalty", lambda v: 0 < v <= 10, "a number above 0 and at most 10"),
     "repetition_penalty": ("repeat_penalty", lambda v: 0 < v <= 10, "a number above 0 and at most 10"),
-    "repeat_last_n": ("repeat_last_n", lambda v: _is_whole(v) and 0 <= v < 2**31, "a whole number from 0 on"),
+    "repeat_last_n": ("repeat_last_n", lambda v: _is_whole(v) and 0 <= v <= MAX_REPEAT_LAST, f"a whole number of 0 to {MAX_REPEAT_LAST}"),
 }
 _READ = {"messages", "stop", "response_format", *_OPTIONS}
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import UsageError
 
+MAX_REPEAT_LAST = 2**20
+"""Tokens. llama.cpp takes memory for all of them at once, 4 bytes each, also where a reply is short."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -38,7 +41,7 @@ class SamplingParams:
             (0 < self.top_p <= 1, "--top-p", self.top_p, "in (0, 1], 1 = off"),
             (0 <= self.min_p < 1, "--min-p", self.min_p, "in [0, 1), 0 = off"),
             (self.repeat_penalty > 0, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
-            (0 <= self.repeat_last_n < 2**31, "--repeat-last-n", self.repeat_last_n, "in [0, 2147483647] tokens"),
+            (0 <= self.repeat_last_n <= MAX_REPEAT_LAST, "--repeat-last-n", self.repeat_last_n, f"in [0, {MAX_REPEAT_LAST}] tokens"),
             (0 <= self.seed < 2**32 - 1, "--seed", self.seed, "in [0, 4294967294]; llama.cpp takes the next for no seed"),
         )
         for ok, flag, value, want in checks:

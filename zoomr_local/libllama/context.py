@@ -9,9 +9,11 @@ import numpy as np
 from zoomr_local.errors import EngineError, UnsupportedModel
 
 from .batch import Batch
-from .devices import BufferUse, physical_cores
+from .devices import BufferUse, usable_cores
 from .library import GGML_TYPES, Info, MemoryEntry, Params, checked, last_log_line, llama, zoomr
 from .pages import PageCalls
+
+_TOO_MANY = 2**31  # a greater number would be cut to its last 32 bits on the way to C
 
 DECODE_CODES = {
     1: "no free cells for the batch",
@@ -49,6 +51,9 @@ class LlamaContext(PageCalls):
         if min(n_cells, n_batch, n_ubatch, n_seq_max) < 1:
             raise EngineError(f"a context needs at least 1 cell, batch token and sequence, not n_cells={n_cells}, "
                               f"n_batch={n_batch}, n_ubatch={n_ubatch}, n_seq_max={n_seq_max}")
+        if max(n_cells * n_seq_max, n_batch, n_ubatch, n_threads or 0, index_rows) >= _TOO_MANY:
+            raise EngineError(f"a context of {n_cells} cells for {n_seq_max} sequences, n_batch={n_batch}, n_ubatch={n_ubatch}, "
+                              f"n_threads={n_threads}, index_rows={index_rows}: every number must be below {_TOO_MANY}")
         self._views: dict[tuple, np.ndarray] = {}
         self._n_rows = 0
         self.model = model
@@ -56,7 +61,7 @@ class LlamaContext(PageCalls):
         params = llama.llama_context_default_params()
         params.n_ctx = n_cells if kv_unified else n_cells * n_seq_max
         params.n_batch, params.n_ubatch, params.n_seq_max = n_batch, n_ubatch, n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads or physical_cores()
+        params.n_threads = params.n_threads_batch = n_threads or usable_cores()
         params.flash_attn_type = int(flash_attn)
         for name, value in (("type_k", type_k), ("type_v", type_v)):
             if value not in GGML_TYPES:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
+from zoomr_local.machine import cpu_limit
+
 from .library import GpuEntry, zoomr
+
+
+def usable_cores() -> int:
+    """Threads that can decode at once: the physical cores, or fewer where a container's share of processor time is smaller.
+
+    More than that wait for each other while none of them runs.
+    """
+    limit = cpu_limit()
+    return physical_cores() if limit is None else max(1, min(physical_cores(), math.ceil(limit)))
 
 
 def physical_cores() -> int:

@@ -45,8 +45,8 @@ class HeadStore:
                  queries: bool = True):
         n_layers = context.model.n_layer
         counts = [n_cells] * n_layers if isinstance(n_cells, int) else list(n_cells)
-        if not counts or min(counts) < 1 or observe < 0:
-            raise EngineError(f"a per-head store needs at least 1 cell a head in every layer, not {n_cells}, and observe={observe} >= 0")
+        if not counts or not 1 <= min(counts) <= max(counts) < 2**31 or not 0 <= observe < 2**31:
+            raise EngineError(f"a per-head store needs at least 1 cell a head in every layer, not {n_cells}, and observe={observe} >= 0, all below 2^31")
         array = (ctypes.c_uint32 * len(counts))(*counts)
         params = HeadsParams(array, len(counts), observe, share, weights, queries)
         out = ctypes.c_void_p()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class LlamaModel:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if use_mmap and not no_alloc else llama.LLAMA_LOAD_MODE_NONE
         params.no_alloc = no_alloc
-        handle = llama.llama_model_load_from_file(str(self.path).encode(), params)
+        handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not handle:
             raise ModelError(f"{self.path} cannot be loaded: {last_log_line()}")
         self._handle = handle

@@ -1,8 +1,9 @@
 """The directory of page files: one a process, private, gone when the process is.
 
-Page directories are named ``zoomr-PID-RANDOM`` and hold a locked file while their process lives. What a killed
-process left is deleted at the next start: only directories of that name, of the same user, whose process is gone
-and whose lock is free, and in them only files that are named as ours.
+Page directories are named ``zoomr-PID-RANDOM`` and hold a locked file while their process lives, which says on which
+machine. What a killed process left is deleted at the next start: only directories of that name, of the same user, whose process is
+gone and whose lock is free, and in them only files that are named as ours. Of another machine's directory (a folder may be shared)
+neither process id nor lock need say anything here: it is deleted a month after its last page.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import fcntl
 import os
 import re
 import secrets
+import socket
 import stat
+import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import StorageError
@@ -22,6 +26,8 @@ from .pagefile import remove
 _DIRECTORY = re.compile(r"zoomr-(\d+)-[0-9a-f]{8}")
 _FILE = re.compile(r"lock|page-\d+-\d+-(detail|summary)\.(page|tmp)")
 _LOCK = "lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MONTH, _MINUTE = 30 * 86_400.0, 60.0  # seconds
 
 
 def default_base() -> Path:
@@ -77,7 +83,9 @@ class PageDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            pass  # a file system without locks: the process id alone says whether we live
+            pass  # a file system without locks: machine and process id say whether we live
+        with suppress(OSError):  # a full disk: what nobody can place is kept for a month
+            os.write(lock, _machine().encode())
         self._end = weakref.finalize(self, _remove_own, self.path, lock, os.getpid())
 
     def page_path(self, generation: int, block: int, part: str) -> Path:
@@ -98,7 +106,7 @@ def stale(base: Path) -> list[Path]:
     found = []
     for entry in entries:
         match = _DIRECTORY.fullmatch(entry.name)
-        if match and _is_own(Path(entry.path)) and not _alive(int(match.group(1))) and _unlocked(Path(entry.path) / _LOCK):
+        if match and _is_own(Path(entry.path)) and not _alive(int(match.group(1))) and _abandoned(Path(entry.path)):
             found.append(Path(entry.path))
     return found
 
@@ -127,15 +135,29 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _unlocked(lock: Path) -> bool:
-    """Whether nobody holds the lock: a process in another container has a number that says nothing here."""
+def _machine() -> str:
+    """This machine's name and, where there is one, the number of its last start, which containers on it share: "NAME BOOT"."""
     try:
-        file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        boot = _BOOT.read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody holds the directory's lock: a process in another container has a number that says nothing here."""
+    try:
+        age = time.time() - path.stat().st_mtime
+        file = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
+        return path.exists() and age > _MINUTE  # it may be about to be locked
     except OSError:
         return False
     try:
+        theirs = os.read(file, 1024).decode(errors="replace").partition(" ")
+        ours = _machine().partition(" ")
+        if theirs[0] != ours[0] and (theirs[2] != ours[2] or not ours[2]) and age < _MONTH:
+            return False
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
