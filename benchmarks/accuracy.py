@@ -76,7 +76,8 @@ def _has(result: Result, policy: str) -> bool:
 
 
 def _beacon_bar(result: Result, models: Sequence[Result]) -> Bar:
-    """Over all families that both have: the model that was trained without beacons, or this one without a budget."""
+    """The mean over all families that both have, so that the numbers of problems weigh nothing: of the model that was trained without
+    beacons, or of this one without a budget."""
     plain = next((other for other in models if other["model"]["file"].startswith("plain") and _has(other, "full")), result)
     full = {cell["family"]: cell for cell in plain["cells"] if cell["policy"] == "full" and cell["n"]}
     crumbs = [cell for cell in result["cells"] if cell["policy"] == "breadcrumbs" and cell["n"] and cell["settings_text"] in ("", "beacon_every=8")]
@@ -85,7 +86,7 @@ def _beacon_bar(result: Result, models: Sequence[Result]) -> Bar:
     both = [family for family in mine if family in full]
     if not both:
         return BEACON_BAR, "not measured", None
-    shares = [sum(cells[family]["right"] for family in both) / sum(cells[family]["n"] for family in both) for cells in (mine, full)]
+    shares = [sum(cells[family]["right"] / cells[family]["n"] for family in both) / len(both) for cells in (mine, full)]
     texts = [_pooled([cells[family] for family in both]) for cells in (mine, full)]
     ratio = shares[0] / shares[1] if shares[1] else 0.0
     what = f"{100 * ratio:.0f} %: {texts[0]} against {texts[1]} of {plain['model']['file']} under full, {', '.join(both)}"
@@ -184,12 +185,15 @@ def bars_text(results: Sequence[Result]) -> str:
 
 
 def merged(results: Sequence[Result]) -> list[Result]:
-    """One result a model and way of measuring, with the cells of all its results; of cells measured twice the first stands."""
+    """One result a model and way of measuring, with the cells of all its results; of cells measured twice the one of more problems stands."""
     found: dict[str, Result] = {}
     for result in results:
         whole = found.setdefault(json.dumps([result.get("model"), result.get("versions"), _way(result)], sort_keys=True), {**result, "cells": []})
-        have = {_place(cell) for cell in whole["cells"]}
-        whole["cells"] = whole["cells"] + [cell for cell in result["cells"] if _place(cell) not in have]
+        cells = {_place(cell): cell for cell in whole["cells"]}
+        for cell in result["cells"]:
+            if _place(cell) not in cells or cell["n"] > cells[_place(cell)]["n"]:
+                cells[_place(cell)] = cell
+        whole["cells"] = list(cells.values())
     return list(found.values())
 
 

@@ -1,5 +1,7 @@
 """Policies are pure: literal arrays in, literal selections out; and the fast vote equals the obvious one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -176,15 +178,33 @@ def test_whatever_the_room_a_selection_fits_and_takes_only_what_is_there(name, a
     assert len(s.zoomed) == len(set(s.zoomed)) <= settings.zoomed_blocks and list(s.zoomed) == sorted(s.zoomed)
     assert all(s.details[b] and seen.votes[b] > 0 for b in s.zoomed)
     assert s.agreement is None or 0 <= s.agreement <= 1
-    if name == "zoomr":
-        assert int(seen.summary_tokens[s.summaries].sum()) <= settings.summary_tokens
+    assert int(seen.summary_tokens[s.summaries].sum()) <= settings.summary_tokens
     after = (seen.detail_tokens, seen.summary_tokens, seen.votes, seen.lifetime_votes, seen.last_used, seen.available)
     assert all((a == b).all() for a, b in zip(before, after, strict=True)), "a policy changes nothing that it sees"
 
 
 def test_sumr_keeps_summaries_before_thoughts():
-    s = POLICIES["sumr"]().select(view(16, [10, 10], [3, 3]))
+    s = POLICIES["sumr"](Settings(window_tokens=0)).select(view(16, [10, 10], [3, 3]))
     assert s.summaries.all() and s.details.tolist() == [False, True]
+
+
+@settings_of_tests(deadline=None, max_examples=200)
+@given(rooms())
+def test_sumr_is_zoomr_where_no_head_votes(asked):
+    """The ablation differs in the zooming alone: same share of summaries, same window, and no vote ever counts."""
+    settings, seen = asked
+    n = len(seen.detail_tokens)
+    unasked = replace(seen, votes=np.zeros(n, np.float32), lifetime_votes=np.zeros(n), last_used=np.arange(n))
+    got, want = POLICIES["sumr"](settings).select(seen), POLICIES["zoomr"](settings).select(unasked)
+    assert got.details.tolist() == want.details.tolist() and got.summaries.tolist() == want.summaries.tolist()
+    assert got.zoomed == () and got.agreement is None
+
+
+def test_votes_for_the_window_have_no_part_in_the_agreement():
+    """A block held otherwise has none either; and where heads ask for what is not zoomed, the agreement is 0, not missing."""
+    window = zoomr(window_tokens=10, zoomed_blocks=1).select(view(40, [10, 10, 10], votes=[3, 1, 6]))
+    assert window.zoomed == (0,) and window.agreement == pytest.approx(3 / 4)
+    assert zoomr(zoomed_blocks=0).select(view(40, [10, 10], votes=[3, 1])).agreement == 0.0
 
 
 def test_recency_keeps_the_newest():
@@ -193,18 +213,29 @@ def test_recency_keeps_the_newest():
 
 def test_random_is_a_uniform_sample_of_all_that_was_seen():
     """Tokens arrive one by one; after the last, every old position survived equally often over many seeds."""
-    survived = np.zeros(200)
+    survived = np.zeros(296)
     for seed in range(400):
         policy, held = POLICIES["random"](Settings(seed=seed)), np.zeros(0, np.int32)
-        for position in range(200):
+        for position in range(296):
             held = np.append(held, np.int32(position))
-            if len(held) > 68:
-                held = held[policy.select(TokenView(held, 68))]
+            if len(held) > 164:
+                held = held[policy.select(TokenView(held, 164))]
         survived[held] += 1
-    old = survived[: 200 - policy.recent_tokens] / 400
-    expected = (68 - policy.recent_tokens) / (200 - policy.recent_tokens)
+    old = survived[: 296 - policy.recent_tokens] / 400
+    expected = (164 - policy.recent_tokens) / (296 - policy.recent_tokens)
     assert abs(old[:84].mean() - expected) < 0.02 and abs(old[84:].mean() - expected) < 0.02
     assert (survived[-policy.recent_tokens:] == 400).all()
+
+
+def test_random_draws_others_of_every_text():
+    """Of 300 tokens 100 stay beside the newest: as many are common to two texts as chance has it, a third."""
+    policy = POLICIES["random"]()
+    old = 300
+    view = lambda text: TokenView(np.arange(old + policy.recent_tokens, dtype=np.int32), 100 + policy.recent_tokens, text)  # noqa: E731
+    kept = [set(np.flatnonzero(policy.select(view(text))[:old])) for text in (1, 2, 2**32 - 1)]
+    assert policy.select(view(1)).tolist() == policy.select(view(1)).tolist()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert len(kept[a]) == len(kept[b]) == 100 and 18 <= len(kept[a] & kept[b]) <= 50
 
 
 def test_every_policy_has_a_name_and_a_headline():

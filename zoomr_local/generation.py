@@ -6,6 +6,7 @@ Only `engine.py` makes generations. `FullGeneration` never frees a cell, `TokenG
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import AbstractContextManager
@@ -329,7 +330,8 @@ class TokenGeneration(Generation):
         candidates = self._droppable()
         if len(candidates) <= excess:
             raise EngineError(f"{excess} cells are needed, {len(candidates)} tokens are not pinned")
-        keep = self.policy.select(TokenView(candidates, len(candidates) - excess))
+        begins = np.array(self.timeline.tokens[: self.cache.budget_tokens // 2], np.int32)  # cells are full, so as much is decoded
+        keep = self.policy.select(TokenView(candidates, len(candidates) - excess, zlib.crc32(begins.tobytes())))
         yield from self._dropped(candidates[~keep])
         yield self.cache.drop(candidates[~keep])
         self.refreshes += 1

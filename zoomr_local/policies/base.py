@@ -98,6 +98,8 @@ class TokenView:
     """int32 [m]: their logical positions, ascending."""
     keep_tokens: int
     """How many of them may stay; less than m whenever a token policy is asked."""
+    text: int = 0
+    """A number below 2^32 of what the text begins with: a policy that draws does not draw the same positions of every text."""
 
 
 @dataclass

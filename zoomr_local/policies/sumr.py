@@ -1,26 +1,23 @@
-"""SumR: summaries only, never a zoom. ZoomR's own ablation (same source), and a control: if it answers as well,
-the task never needed the thoughts."""
+"""SumR: summaries and no zoom. ZoomR's own ablation (same source), and a control: if it answers as well, the task never
+needed the thoughts that left."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from .base import BlockView, Policy, Selection, fill
+from .base import BlockView, Selection
+from .zoomr import Zoomr
 
 
-class Sumr(Policy):
-    """All summaries that fit, newest first, and the newest thoughts in what is left; nothing is recalled."""
+class Sumr(Zoomr):
+    """What ZoomR keeps where no head votes: the newest summaries in their share, the window, the newest thoughts in what is left."""
 
     name = "sumr"
-    headline = "summaries and the newest thoughts; paged-out thoughts never return (ablation)"
-    unit = "block"
+    headline = "zoomr without zooming: summaries and the newest thoughts (ablation)"
+    uses_votes = False
 
     def select(self, view: BlockView) -> Selection:
         n = len(view.detail_tokens)
-        newest = np.arange(n)[::-1]
-        summaries, details = np.zeros(n, bool), np.zeros(n, bool)
-        kept = fill(newest, view.summary_tokens, view.free_tokens)
-        summaries[kept] = True
-        free = view.free_tokens - int(view.summary_tokens[kept].sum())
-        details[fill(newest[view.available[newest]], view.detail_tokens, free)] = True
-        return Selection(details, summaries)
+        return super().select(replace(view, votes=np.zeros(n, np.float32), lifetime_votes=np.zeros(n), last_used=np.arange(n)))

@@ -39,18 +39,20 @@ class Streaming(Recency):
 class Random(Policy):
     """Pinned prompt, the newest few tokens, and a uniform random sample of all others: the control to beat.
 
-    Every position draws one fixed random number; the largest stay. That is reservoir sampling: at any time the
-    survivors are a uniform sample of everything seen, not of the survivors before.
+    Every position of a text draws one fixed random number; the largest stay. That is reservoir sampling: at any time the
+    survivors are a uniform sample of everything seen, not of the survivors before. All layers and heads have the same sample; Random
+    Attention (2609.03430, second-hand) draws one for each KV head.
     """
 
     name = "random"
     headline = "pinned prompt and random tokens; the control every selector must beat"
     unit = "token"
     drops = True
-    recent_tokens = 32
+    recent_tokens = 128
+    """The thought in the making, with room: the other policies have it whole, so without it this one would fail by that alone."""
 
     def select(self, view: TokenView) -> np.ndarray:
-        draws = _draw(view.positions, self.settings.seed)
+        draws = _draw(view.positions, (view.text << 32) + self.settings.seed)
         recent = min(self.recent_tokens, view.keep_tokens)
         if recent:
             draws[-recent:] = np.iinfo(np.uint64).max

@@ -98,8 +98,8 @@ class Zoomr(Policy):
 
         summaries = np.zeros(n, bool)
         summaries[kept] = True
-        total = float(view.votes.sum())
-        agreement = float(view.votes[zoomed].sum()) / total if total and zoomed else None
+        given = float(np.delete(view.votes, window).sum())
+        agreement = float(view.votes[zoomed].sum()) / given if given else None
         return Selection(details, summaries, tuple(sorted(zoomed)), agreement)
 
     def _window_and_candidates(self, view: BlockView, newest: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
