@@ -214,6 +214,9 @@ def test_the_bar_of_breadcrumbs_is_the_share_of_the_uncompressed_models_accuracy
     zooms = result("zoomr-tiny.gguf", measured("dag", "full", None, 200), measured("dag", "zoomr", 250, 200, 0))
     (bar,) = [bar for bar in accuracy.bars(crumbs, [crumbs, plain, zooms]) if bar[0] == accuracy.BEACON_BAR]
     assert bar[1:] == ("80 %: 70.0 (65.3, 74.3) against 87.5 (83.9, 90.4) of plain-tiny.gguf under full, dag, series", True)
+    fewer = [{**cell, "n": 20, "right": 10} if cell["family"] == "dag" and cell["policy"] == "breadcrumbs" else cell for cell in crumbs["cells"]]
+    (bar,) = [bar for bar in accuracy.bars({**crumbs, "cells": fewer}, [crumbs, plain]) if bar[0] == accuracy.BEACON_BAR]
+    assert bar[1].startswith("80 %: ") and bar[2], "a family weighs the same with 20 problems as with 200"
     alone = accuracy.bars(crumbs, [crumbs])[0]
     assert alone[1].startswith("50 %: 50.0 (") and "breadcrumbs-tiny.gguf under full, dag" in alone[1] and alone[2] is False
     assert not any("zoomr" in asked for asked, *_ in accuracy.bars(crumbs))
@@ -283,6 +286,11 @@ def test_results_of_one_model_are_judged_together_and_of_two_apart():
     whole, apart = accuracy.merged([quarter, eighth, other])
     for changed in ({"asked": {"seed": 9}}, {"temperature": 1.0}, {"kv_type": "q8_0"}):
         assert len(accuracy.merged([quarter, {**eighth, **changed}])) == 2, "measured in another way"
+    more = {**eighth, "cells": [{**cell, "n": 400} for cell in eighth["cells"]]}
+    for order in ([quarter, more], [more, quarter]):
+        (both,) = accuracy.merged(order)
+        assert [(c["policy"], c["kv_budget"], c["n"]) for c in both["cells"] if c["policy"] == "full"] == [("full", None, 400)]
+        assert len(both["cells"]) == 3
     assert len(accuracy.merged([quarter | {"asked": {"seed": 0, "n": 200}}, eighth | {"asked": {"seed": 0, "n": 20}}])) == 1
     assert next(bar for bar in accuracy.bars({**whole, "cells": [{**c, "n": 0} for c in whole["cells"]]}) if "10 minutes" in bar[0])[1:] == ("not measured", None)
     assert [(c["policy"], c["kv_budget"]) for c in whole["cells"]] == [("full", None), ("zoomr", 250), ("zoomr", 125)]
