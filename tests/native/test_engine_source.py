@@ -125,3 +125,17 @@ def test_another_patch_touches_only_the_files_it_changes(tree, tmp_path, monkeyp
     after = {name: (made / name).stat().st_mtime_ns for name in CHANGED}
     assert {name for name in CHANGED if after[name] != before[name]} == {"src/llama-graph.cpp"}
     assert "// moved" in (made / "src" / "llama-graph.cpp").read_text()
+
+
+def test_of_archives_of_several_pins_the_pinned_one_is_taken(tmp_path, monkeypatch):
+    """Names sort as text: 0.3.99 comes after 0.3.100."""
+    packed = {"llama_cpp_python-0.3.99.tar.gz": b"earlier", "Llama_cpp-0.3.100.tar.gz": b"other", "llama_cpp_python_0.3.100.tar.gz": b"pinned"}
+    for name, data in packed.items():
+        (tmp_path / name).write_bytes(data)
+    wanted = engine.sha256(tmp_path / "llama_cpp_python_0.3.100.tar.gz")
+    monkeypatch.setattr(engine, "pin", lambda: ("0.3.100", wanted))
+    monkeypatch.setattr(engine.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, ""))
+    assert engine.download(tmp_path).read_bytes() == b"pinned"
+    monkeypatch.setattr(engine, "pin", lambda: ("0.3.101", "0" * 64))
+    with pytest.raises(engine.EngineSourceError, match="does not have the sha256"):
+        engine.download(tmp_path)
