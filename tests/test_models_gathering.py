@@ -14,11 +14,11 @@ from test_models_breadcrumbs import CRUMBS, PLAN, STAGE  # noqa: E402
 
 try:
     from zoomr_models.train import breadcrumbs, gathering, recall
-    from zoomr_models.train.gathering import ASKED, GATHERED, PARTED
+    from zoomr_models.train.looks import ASKED, GATHERED, PARTED
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from models.train import breadcrumbs, gathering, recall
-    from models.train.gathering import ASKED, GATHERED, PARTED
+    from models.train.looks import ASKED, GATHERED, PARTED
 
 LAYERS = 3
 GROWN = replace(

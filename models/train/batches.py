@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import tokenizer as tok
 from ..tasks import FAMILIES, Problem, prompt_text, split_of
+from .looks import Look, trace_looks
 
 NEED, ONES, IS, STOP, SO = (tok.encode(x)[0] for x in (" Need", " Ones", " is", ".", " so"))
 
@@ -196,7 +197,7 @@ class Batch:
     """Rows of one family, padded to one length; fields as in Row with a leading axis B; R index rows a summary.
 
     mask bool [B, 1, T, T]; target bool [B, T, N]; sources int64 [B, T], the place whose hidden state
-    predicts each token.
+    predicts each token; looks int64 [M, 4], under beacons, as `looks.py` has them.
     """
 
     ids: np.ndarray
@@ -208,6 +209,7 @@ class Batch:
     positions: np.ndarray
     mask: np.ndarray
     sources: np.ndarray
+    looks: np.ndarray
 
 
 def _padded(arrays: list[np.ndarray], axes: tuple[int, ...], fill: float = 0) -> np.ndarray:
@@ -238,10 +240,12 @@ def task_batch(
     sources = [np.maximum(np.arange(len(r.ids)) - 1, 0) for r in rows]
     if style == "zoomr":
         seen = [(zoomr_mask(r, rng, extra_zooms=extra_zooms) if masked else m) & ~guard(r, rng) for r, m in zip(rows, seen, strict=True)]
-    elif style == "beacons" and masked:
+    looks: list[Look] = []
+    if style == "beacons" and masked:
         from .beacons import with_beacons
 
         rows, seen, sources = map(list, zip(*(with_beacons(r, beacon_every) for r in rows), strict=True))
+        looks = [look for i, (r, m) in enumerate(zip(rows, seen, strict=True)) for look in trace_looks(i, r.ids, m, r.lookup, SO)]
     mask = _padded(seen, (0, 1))[:, None]
     mask |= np.eye(mask.shape[-1], dtype=bool)  # padding must attend to something
     return Batch(
@@ -254,4 +258,5 @@ def task_batch(
         positions=_padded([r.positions for r in rows], (0,)),
         mask=mask,
         sources=_padded(sources, (0,)),
+        looks=np.array(looks, np.int64).reshape(-1, 4),
     )

@@ -1,12 +1,12 @@
-"""Layers that gather what stands between beacons, put into a network after its first, and where the drill says they look.
+"""Layers that gather what stands between beacons, put into a network after its first, and the loss that shows them where to look.
 
-Owned by models/train; `breadcrumbs.py` puts the layers in, `recall.py` says where to look, `run.py` asks for the loss.
+Owned by models/train; `breadcrumbs.py` puts the layers in, `run.py` asks for the loss. Where to look is in `looks.py`.
 
 A plain network binds a value to the name before it in its first layer and finds it by that name in its second. Under the beacon mask
 three steps come between: the first token after a beacon takes from it the name that it can no longer see; the beacon takes from the tokens it
 will stand for what each of them is bound to; only then can a name find it. A network of four layers that was trained without beacons has no
 layer free for that, and learned it for pairs that end next to their beacon and no others (models/LOG.md). So the beacon network has layers more:
-they begin as copies of whatever they attend to, and the drill, which knows where each thing stands, supervises their attention. None of this is in
+they begin as copies of whatever they attend to, and the drill and the reference traces, of which it is known where each thing stands, supervise their attention. None of this is in
 the paper, whose models are deep and pretrained.
 """
 
@@ -14,16 +14,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokenizer import BEACON
+from .looks import ASKED, GATHERED, PARTED
 from .network import Network, mimetic_init
-
-PARTED, GATHERED, ASKED = range(3)
-"""Kinds of looks: a token at the beacon before it, whose pair that parts; a beacon at a value among its tokens; the place that asks at the beacon."""
-
 
 @torch.no_grad()
 def with_layers(net: Network, layers: int, seed: int) -> Network:
@@ -52,31 +47,6 @@ def with_layers(net: Network, layers: int, seed: int) -> Network:
     return grown
 
 
-def looks_of(row: int, ids: np.ndarray, mask: np.ndarray, says: int, pairs: int) -> list[tuple[int, int, int, int]]:
-    """(kind, row, from, to) of a row of the recall drill under beacons: ``pairs`` pairs are listed in it and then each is asked.
-
-    ids int64 [T]; mask bool [T, T]; ``says`` is the token between name and value.
-    """
-    beacons, text = np.flatnonzero(ids == BEACON), np.flatnonzero(ids != BEACON)
-    said = [text[i - 1 : i + 2] for i in np.flatnonzero(ids[text] == says)]
-    looks, held = [], {}
-    for name, _, value in said[:pairs]:
-        after = np.searchsorted(beacons, value)
-        if after < len(beacons):
-            held[ids[name]] = beacons[after]
-            looks.append((GATHERED, row, beacons[after], value))
-            if after and beacons[after - 1] > name:
-                looks.append((PARTED, row, value, beacons[after - 1]))
-    for name, at, _ in said[pairs:]:
-        before = np.searchsorted(beacons, at) - 1
-        if before >= 0 and beacons[before] > name:
-            looks.append((PARTED, row, at, beacons[before]))
-        beacon = held.get(ids[name])
-        if beacon is not None and mask[at, beacon]:
-            looks.append((ASKED, row, at, beacon))
-    return looks
-
-
 def look_layers(layers: int) -> dict[int, tuple[int, ...]]:
     """Which layers are to look so, for each kind, where so many were put in: the first, the others, and the one after them."""
     return {PARTED: (1,), GATHERED: tuple(range(2, layers + 1)), ASKED: (layers + 1,)}
@@ -86,7 +56,7 @@ def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tenso
     """Minus the log of the attention that the mean of a layer's heads pays, averaged over what is to be looked at and added up over
     the layers; and for each layer the best head's attention.
 
-    taps: (q, k) of layers 1 to ``layers`` + 1, rotated; looks int64 [N, 4] (see ``looks_of``); mask bool [B, 1, T, T].
+    taps: (q, k) of layers 1 to ``layers`` + 1, rotated; looks int64 [N, 4], of ``Look``s; mask bool [B, 1, T, T].
     """
     total, best = torch.zeros(()), []
     for kind, some in look_layers(layers).items():

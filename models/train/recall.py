@@ -19,7 +19,7 @@ from ..tasks.wording import NAMES
 from ..tokenizer import encode
 from .batches import reply_row
 from .beacons import with_beacons
-from .gathering import looks_of
+from .looks import drill_looks
 
 _KEYS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
 _VALUES = tuple(encode(f" {i}")[0] for i in range(100))
@@ -50,7 +50,7 @@ def beacon_recall_batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(ids, weights, mask, sources) of `recall_batch` under beacons every ``every`` tokens: as in `Batch`, about ``tokens`` in all.
 
-    The fifth, int64 [N, 4], is where attention has to look for that, as ``looks_of`` in `gathering.py` has it.
+    The fifth, int64 [N, 4], is where attention has to look for that, as `looks.py` has it.
 
     Names that nothing is said of stand between the pairs, a quarter of ``every`` on average. So in each row some pairs are parted by a beacon
     where they are listed, some where they are asked, some in both: with all pairs at one distance from the beacons, those of a row would be
@@ -65,7 +65,7 @@ def beacon_recall_batch(
         ids = np.insert(row, before, rng.choices(unsaid, k=others))
         made.append(with_beacons(reply_row(ids, 0, np.insert(told, before, 0.0)), every))
     rows, masks, sources = zip(*made, strict=True)
-    looks = [look for i, (row, mask, _) in enumerate(made) for look in looks_of(i, row.ids, mask, _IS, pairs)]
+    looks = [look for i, (row, mask, _) in enumerate(made) for look in drill_looks(i, row.ids, mask, _IS, pairs)]
     return np.stack([r.ids for r in rows]), np.stack([r.weights for r in rows]), np.stack(masks)[:, None], np.stack(sources), np.array(looks)
 
 

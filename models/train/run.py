@@ -119,13 +119,18 @@ class Run(Learner):
         return factor
 
 
+def _looking(recipe: Recipe) -> int:
+    """How many layers gather what beacons replace, so that their attention is supervised."""
+    return recipe.breadcrumbs.layers if recipe.breadcrumbs else 0
+
+
 def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> dict:
     recipe, mask, sources, layers = run.recipe, None, None, 0
     pairs = rng.randint(3, max(4, min(stage.recall_pairs, 4 + run.step // 4)))
     if every:
         made = beacon_recall_batch(rng, stage.recall_tokens, pairs, every)
         ids, weights, mask, sources, looks = map(torch.from_numpy, made)
-        layers = recipe.breadcrumbs.layers if recipe.breadcrumbs else 0
+        layers = _looking(recipe)
     else:
         ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
     hidden, taps = run.net(ids, mask, tuple(range(1, layers + 2)) if layers else ())
@@ -167,11 +172,13 @@ def train_step(run: Run, rng: Random) -> dict:
         torch.from_numpy(x) for x in (batch.ids, batch.weights, batch.mask, batch.positions, batch.sources)
     )
     supervised = recipe.index_layers if recipe.style == "zoomr" else ()
-    hidden, taps = run.net(ids, mask, supervised, positions)
+    layers = _looking(recipe) if len(batch.looks) else 0
+    hidden, taps = run.net(ids, mask, supervised or (tuple(range(1, layers + 2)) if layers else ()), positions)
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
     parts = [index_loss(*taps[i], batch) for i in supervised]
     index = sum((p[0] for p in parts), torch.zeros(())) / max(1, len(parts))
-    (loss + stage.index_weight * index).backward()
+    more, best = look_loss(taps, torch.from_numpy(batch.looks), mask, layers) if layers else (0.0, [])
+    (loss + stage.index_weight * index + (recipe.breadcrumbs.look_weight if layers else 0.0) * more).backward()
     told = weights > 0
     report = {
         "family": family, "masked": masked, "T": ids.shape[1], "loss": loss.item(),
@@ -181,6 +188,8 @@ def train_step(run: Run, rng: Random) -> dict:
     }  # fmt: skip
     if every:
         report["beacon_every"] = every
+    if best:
+        report["trace_looks"] = [round(x, 3) for x in best]
     if stage.recall_tokens:
         report |= _recall_step(run, stage, rng, every)
     if stage.reading_tokens:
