@@ -10,11 +10,11 @@ import pytest
 
 try:
     from zoomr_models import tasks, tokenizer
-    from zoomr_models.train import recall
+    from zoomr_models.train import batches, looks, recall
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from models import tasks, tokenizer
-    from models.train import recall
+    from models.train import batches, looks, recall
 
 IS = tokenizer.encode(" is")[0]
 
@@ -95,3 +95,27 @@ def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
                 parted.append(tuple(np.searchsorted(beacons, p[2]) > np.searchsorted(beacons, p[0]) for p in (first, asked)))
             assert told.sum() == 20 and {(False, True), (True, False)} <= set(parted)
     assert seen_whole <= 2 * every  # a pair listed last may still stand uncompressed when it is asked for first
+
+
+@pytest.mark.parametrize("family", sorted(tasks.FAMILIES))
+def test_a_trace_under_beacons_says_where_its_lookups_stand(family):
+    """Each value that a thought worked out is gathered once; what is looked up of it is asked of that beacon, and nowhere else."""
+    every = 8
+    batch = batches.task_batch(Random(1), family, 28, 900, True, "beacons", every)  # what the first terms of `series` need is in the prompt
+    ids, mask = batch.ids, batch.mask[:, 0]
+    of = lambda kind: [look[1:] for look in batch.looks.tolist() if look[0] == kind]  # noqa: E731
+    gathered = {(row, value): beacon for row, beacon, value in of(looks.GATHERED)}
+    for (row, value), beacon in gathered.items():
+        assert ids[row, beacon] == tokenizer.BEACON and (ids[row, value:beacon] != tokenizer.BEACON).all()
+    text = [row[row != tokenizer.BEACON] for row in ids]
+    assert len(gathered) == sum(int((row == batches.SO).sum()) for row in text)
+    asked = 0
+    for row, at, beacon in of(looks.ASKED):
+        value = next(v for (r, v), b in gathered.items() if (r, b) == (row, beacon))
+        looked_up = next(t for t in np.flatnonzero(batch.lookup[row]) if batch.sources[row, t] == at)
+        assert ids[row, looked_up] == ids[row, value] and mask[row, at, beacon] and not mask[row, at, value]
+        asked += 1
+    prompt_only = [row for row in range(len(ids)) if not any(r == row for r, *_ in of(looks.ASKED))]
+    assert asked >= 9 and not prompt_only
+    assert all(ids[row, to] == tokenizer.BEACON and mask[row, at, to] for row, at, to in of(looks.PARTED))
+    assert len(batches.task_batch(Random(1), family, 3, 300, False, "beacons", every).looks) == 0
