@@ -97,13 +97,48 @@ def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
     assert seen_whole <= 2 * every  # a pair listed last may still stand uncompressed when it is asked for first
 
 
+def told_and_asked(ids, lookup):
+    """Places of (name, is, value): of what the trace works out, and of what it looks up."""
+    text = np.flatnonzero(ids != tokenizer.BEACON)
+    places = lambda firsts: [text[i : i + 3] for i in firsts]  # noqa: E731
+    return places(np.flatnonzero(ids[text] == batches.SO) + 1), places(np.flatnonzero(lookup[text]) - 2)
+
+
+@pytest.mark.parametrize("every", [4, 8])
+def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every):
+    """Every number of a sum is in view of the place that says the sum, or it is asked of the beacon that gathered it; so with names said again."""
+    batch = batches.task_batch(Random(2), "linsys", 9, 900, True, "beacons", every)
+    kinds = {kind: {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == kind} for kind in (looks.GATHERED, looks.ASKED)}
+    sums = names = 0
+    for row, ids in enumerate(batch.ids):
+        text, mask = np.flatnonzero(ids != tokenizer.BEACON), batch.mask[row, 0]
+        words = [tokenizer.decode([t]) for t in ids[text]]
+        beacons = np.flatnonzero(ids == tokenizer.BEACON)
+        for i, word in enumerate(words):
+            needed = []
+            if word == " makes" and words[i - 1].strip().isdigit():
+                sentence = max(j for j in range(i) if words[j] in (":", "."))
+                needed = [(text[i], text[j]) for j in range(sentence + 1, i) if words[j].strip().isdigit()]
+                sums += len(needed)
+            if word == " now" and beacons[0] < text[i]:
+                needed = [(text[i - 2], max(t for t, w in zip(text[: i - 1], words, strict=False) if w == words[i - 1]))]
+                names += 1
+            for at, place in needed:
+                if not mask[at, place]:
+                    beacon = beacons[beacons > place][0]
+                    assert (row, beacon, place) in kinds[looks.GATHERED] and (row, at, beacon) in kinds[looks.ASKED]
+    assert sums > 60 and names >= 9
+
+
 @pytest.mark.parametrize("family", sorted(tasks.FAMILIES))
 def test_a_trace_under_beacons_says_where_its_lookups_stand(family):
     """Each value that a thought worked out is gathered once; what is looked up of it is asked of that beacon, and nowhere else."""
     every = 8
     batch = batches.task_batch(Random(1), family, 28, 900, True, "beacons", every)  # what the first terms of `series` need is in the prompt
     ids, mask = batch.ids, batch.mask[:, 0]
-    of = lambda kind: [look[1:] for look in batch.looks.tolist() if look[0] == kind]  # noqa: E731
+    far = [look for r, row in enumerate(ids) for look in looks._looks(r, row, mask[r], *told_and_asked(row, batch.lookup[r]))]
+    assert set(far) <= set(map(tuple, batch.looks.tolist()))
+    of = lambda kind: [look[1:] for look in far if look[0] == kind]  # noqa: E731
     gathered = {(row, value): beacon for row, beacon, value in of(looks.GATHERED)}
     for (row, value), beacon in gathered.items():
         assert ids[row, beacon] == tokenizer.BEACON and (ids[row, value:beacon] != tokenizer.BEACON).all()

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..tokenizer import BEACON
+from ..tasks.series import NUMERALS
+from ..tasks.wording import NAMES
+from ..tokenizer import BEACON, encode
+
+_NAMES = np.array(sorted({encode(" " + name)[0] for name in (*NAMES, *NUMERALS)}))
+_NUMBERS = np.array(sorted({encode(f" {i}")[0] for i in range(100)}))
+_MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus"))
+_THOUGHT = 100
+"""Tokens; no thought is longer."""
 
 PARTED, GATHERED, ASKED = range(3)
 """Kinds of looks: a token at the beacon before it, whose pair that parts; a beacon at a value among its tokens; the place that asks at the beacon."""
@@ -33,7 +41,31 @@ def trace_looks(row: int, ids: np.ndarray, mask: np.ndarray, lookup: np.ndarray,
     """
     text = np.flatnonzero(ids != BEACON)
     told = [text[i + 1 : i + 4] for i in np.flatnonzero(ids[text] == tells)]
-    return _looks(row, ids, mask, told, [text[i - 2 : i + 1] for i in np.flatnonzero(lookup[text])])
+    asked = [text[i - 2 : i + 1] for i in np.flatnonzero(lookup[text])]
+    return _looks(row, ids, mask, told, asked) + _near_looks(row, ids, mask, text)
+
+
+def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -> list[Look]:
+    """What a thought says again of itself and only beacons are left of: a name that it named, the numbers that it adds or subtracts."""
+    said, beacons = ids[text], np.flatnonzero(ids == BEACON)
+    needed = []
+    for i in np.flatnonzero(np.isin(said, _NAMES)):
+        before = np.flatnonzero(said[max(0, i - _THOUGHT) : i] == said[i])
+        if len(before):
+            needed.append((text[i - 1], text[max(0, i - _THOUGHT) + before[-1]]))
+    for i in np.flatnonzero(said == _MAKES):
+        j = i - 1
+        while said[j] in _NUMBERS:
+            needed.append((text[i], text[j]))
+            if said[j - 1] not in (_PLUS, _MINUS):
+                break
+            j -= 2
+    looks = []
+    for at, place in needed:
+        if not mask[at, place]:
+            beacon = beacons[np.searchsorted(beacons, place)]
+            looks += [(GATHERED, row, beacon, place), (ASKED, row, at, beacon)]
+    return looks
 
 
 def _looks(row: int, ids: np.ndarray, mask: np.ndarray, listed: list[np.ndarray], asked: list[np.ndarray]) -> list[Look]:
