@@ -108,7 +108,7 @@ def told_and_asked(ids, lookup):
 def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every):
     """Every number of a sum is in view of the place that says the sum, or it is asked of the beacon that gathered it; so with names said again."""
     batch = batches.task_batch(Random(2), "linsys", 9, 900, True, "beacons", every)
-    kinds = {kind: {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == kind} for kind in (looks.GATHERED, looks.ASKED)}
+    kinds = {kind: {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == kind} for kind in (looks.GATHERED, looks.NEAR)}
     sums = names = 0
     for row, ids in enumerate(batch.ids):
         text, mask = np.flatnonzero(ids != tokenizer.BEACON), batch.mask[row, 0]
@@ -126,7 +126,7 @@ def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every)
             for at, place in needed:
                 if not mask[at, place]:
                     beacon = beacons[beacons > place][0]
-                    assert (row, beacon, place) in kinds[looks.GATHERED] and (row, at, beacon) in kinds[looks.ASKED]
+                    assert (row, beacon, place) in kinds[looks.GATHERED] and (row, at, beacon) in kinds[looks.NEAR]
     assert sums > 60 and names >= 9
 
 

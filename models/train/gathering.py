@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .looks import ASKED, GATHERED, PARTED
+from .looks import ASKED, GATHERED, NEAR, PARTED
 from .network import Network, mimetic_init
 
 @torch.no_grad()
@@ -48,8 +48,12 @@ def with_layers(net: Network, layers: int, seed: int) -> Network:
 
 
 def look_layers(layers: int) -> dict[int, tuple[int, ...]]:
-    """Which layers are to look so, for each kind, where so many were put in: the first, the others, and the one after them."""
-    return {PARTED: (1,), GATHERED: tuple(range(2, layers + 1)), ASKED: (layers + 1,)}
+    """Which layers are to look so, for each kind, where so many were put in: the first, the others, and the one after them.
+
+    What is near is needed before the old layers begin, as these add up what their first one brings together: the first of the new ones sees what
+    stands next to a beacon, the last of them what it has gathered.
+    """
+    return {PARTED: (1,), GATHERED: tuple(range(2, layers + 1)), ASKED: (layers + 1,), NEAR: (1, layers)}
 
 
 def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tensor, layers: int) -> tuple[Tensor, list[float]]:

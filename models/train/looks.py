@@ -17,8 +17,9 @@ _MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus
 _THOUGHT = 100
 """Tokens; no thought is longer."""
 
-PARTED, GATHERED, ASKED = range(3)
-"""Kinds of looks: a token at the beacon before it, whose pair that parts; a beacon at a value among its tokens; the place that asks at the beacon."""
+PARTED, GATHERED, ASKED, NEAR = range(4)
+"""Kinds of looks: a token at the beacon before it, whose pair that parts; a beacon at a value among its tokens; the place that asks at the beacon;
+the place that a sum or a name said again follows, at the beacon of what it needs of its own thought."""
 
 Look = tuple[int, int, int, int]
 """(kind, row, from, to)"""
@@ -64,7 +65,7 @@ def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -
     for at, place in needed:
         if not mask[at, place]:
             beacon = beacons[np.searchsorted(beacons, place)]
-            looks += [(GATHERED, row, beacon, place), (ASKED, row, at, beacon)]
+            looks += [(GATHERED, row, beacon, place), (NEAR, row, at, beacon)]
     return looks
 
 
