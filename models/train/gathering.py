@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..tokenizer import BEACON
 from .looks import ASKED, GATHERED, NEAR, PARTED
-from .network import Network, mimetic_init
+from .network import Network, mimetic_init, rope_angles, views_of
 
 @torch.no_grad()
 def with_layers(net: Network, layers: int, seed: int) -> Network:
@@ -78,3 +79,28 @@ def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tenso
             total = total - attention.mean(0).clamp_min(1e-6).log().mean()
             best.append(attention.max(0).values.mean().item())
     return total, best
+
+
+def hidden_after(net: Network, ids: Tensor, mask: Tensor | None, layers: int) -> Tensor:
+    """Hidden states [B, T, D] behind the first layer and ``layers`` more; ids int64 [B, T], mask as ``Network`` takes it."""
+    angles = rope_angles(net.shape, torch.arange(ids.shape[1]))
+    x, views = net.embedding(ids), None if mask is None else views_of(mask)
+    for block in net.blocks[: layers + 1]:
+        x = block.feed_forward(x + block.attention.mix(*block.attention.project(block.norm1(x), angles), views))
+    return x
+
+
+def repair_loss(net: Network, ids: Tensor, mask: Tensor, own: Tensor, layers: int) -> Tensor:
+    """How far the tokens of the reply are, where the old layers begin, from what they are without beacons and eviction: squared
+    distance in squared lengths, averaged over tokens. The side without beacons takes no gradient.
+
+    ids int64 [B, T] and mask bool [B, 1, T, T], with beacons; own bool [B, T], true for the reply's tokens, beacons left out.
+    """
+    with torch.no_grad():
+        goals = []
+        for row, mine in zip(ids, own, strict=True):
+            text = row != BEACON
+            goals.append(hidden_after(net, row[text][None], None, layers)[0][mine[text]])
+        goal = torch.cat(goals)
+    found = hidden_after(net, ids, mask, layers)[own]
+    return (found - goal).square().sum(-1).mean() / goal.square().sum(-1).mean()

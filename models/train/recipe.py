@@ -44,7 +44,7 @@ class Breadcrumbs:
     clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply;
     thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step,
     in one process all of one family; layers: how many the beacon network has more than the policy, after its first (`gathering.py`), and
-    look_weight: of the loss on their attention in the recall drill.
+    look_weight: of the loss on their attention in the recall drill and in reference traces; repair_weight: of the loss on what they leave to the old layers.
     """
 
     mode: str
@@ -60,6 +60,7 @@ class Breadcrumbs:
     references: int = 0
     layers: int = 0
     look_weight: float = 0.0
+    repair_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -20,7 +20,7 @@ import torch
 from ..export import load_network
 from . import side_by_side
 from .batches import task_batch
-from .gathering import look_loss
+from .gathering import look_loss, repair_loss
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
@@ -177,9 +177,15 @@ def train_step(run: Run, rng: Random) -> dict:
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
     parts = [index_loss(*taps[i], batch) for i in supervised]
     index = sum((p[0] for p in parts), torch.zeros(())) / max(1, len(parts))
-    more, best = look_loss(taps, torch.from_numpy(batch.looks), mask, layers) if layers else (0.0, [])
-    (loss + stage.index_weight * index + (recipe.breadcrumbs.look_weight if layers else 0.0) * more).backward()
     told = weights > 0
+    extra, more = torch.zeros(()), {}
+    if layers:
+        crumbs = recipe.breadcrumbs
+        looks, best = look_loss(taps, torch.from_numpy(batch.looks), mask, layers)
+        repair = repair_loss(run.net, ids, mask, told, layers)
+        extra = crumbs.look_weight * looks + crumbs.repair_weight * repair
+        more = {"trace_looks": [round(x, 3) for x in best], "repair": repair.item()}
+    (loss + stage.index_weight * index + extra).backward()
     report = {
         "family": family, "masked": masked, "T": ids.shape[1], "loss": loss.item(),
         "accuracy": right[told].float().mean().item(),
@@ -187,9 +193,7 @@ def train_step(run: Run, rng: Random) -> dict:
         "index": index.item(), "hit": [round(p[1], 3) for p in parts],
     }  # fmt: skip
     if every:
-        report["beacon_every"] = every
-    if best:
-        report["trace_looks"] = [round(x, 3) for x in best]
+        report |= {"beacon_every": every, **more}
     if stage.recall_tokens:
         report |= _recall_step(run, stage, rng, every)
     if stage.reading_tokens:
