@@ -13,12 +13,12 @@ from crumbs import BEACON, PLAIN, lively  # noqa: E402
 from test_models_breadcrumbs import CRUMBS, PLAN, STAGE  # noqa: E402
 
 try:
-    from zoomr_models.train import breadcrumbs, gathering, recall
-    from zoomr_models.train.looks import ASKED, GATHERED, PARTED
+    from zoomr_models.train import batches, breadcrumbs, gathering, network, recall
+    from zoomr_models.train.looks import ASKED, GATHERED, NEAR, PARTED
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from models.train import breadcrumbs, gathering, recall
-    from models.train.looks import ASKED, GATHERED, PARTED
+    from models.train import batches, breadcrumbs, gathering, network, recall
+    from models.train.looks import ASKED, GATHERED, NEAR, PARTED
 
 LAYERS = 3
 GROWN = replace(
@@ -101,6 +101,53 @@ def test_the_look_loss_is_its_definition():
             want += np.mean(logs)
             want_best.append(np.mean(tops))
     assert loss.item() == pytest.approx(want, rel=1e-4) and best == pytest.approx(want_best, rel=1e-4)
+
+
+def test_the_repair_loss_is_the_distance_to_the_view_without_beacons():
+    """Of the reply's tokens alone, behind the new layers; by whole forwards of a network that ends there, row by row."""
+    net = gathering.with_layers(breadcrumbs.with_beacon_row(lively()), LAYERS, seed=0).requires_grad_()
+    batch = batches.task_batch(Random(0), "dag", 2, 250, True, "beacons", 4)
+    ids, mask, own = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), torch.from_numpy(batch.weights) > 0
+    looks = torch.from_numpy(batch.looks)
+    loss = gathering.repair_loss(net, ids, mask, own, looks, LAYERS)
+    short = network.Network(replace(net.shape, layers=LAYERS + 1))
+    short.load_state_dict(net.state_dict(), strict=False)
+    short.norm = torch.nn.Identity()
+    far, long = [], []
+    for row in range(len(ids)):
+        text = ids[row] != BEACON
+        goal = short(ids[row, text][None])[0][0]
+        found = short(ids[row][None], mask[row][None])[0][0][text]
+        mine = own[row][text]
+        places = text.nonzero()[:, 0][mine].tolist()
+        near = {at for kind, r, at, _ in looks.tolist() if kind == NEAR and r == row}
+        counts = torch.tensor([8.0 if place in near else 1.0 for place in places])
+        assert 1 < counts.mean() < 4
+        far += (counts * (found - goal)[mine].square().sum(-1)).tolist()
+        long += (counts * goal[mine].square().sum(-1)).tolist()
+    assert loss.item() == pytest.approx(np.sum(far) / np.sum(long), rel=1e-3) and loss > 0.01
+    no_beacons = torch.where(ids == BEACON, 7, ids)
+    causal = torch.ones_like(mask).tril()
+    assert gathering.repair_loss(net, no_beacons, causal, own, looks, LAYERS).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_repair_draws_the_view_with_beacons_alone():
+    """The goal takes no gradient: what changes nothing under the mask is not moved by it."""
+    net = gathering.with_layers(breadcrumbs.with_beacon_row(lively()), LAYERS, seed=0).requires_grad_()
+    batch = batches.task_batch(Random(0), "dag", 2, 150, True, "beacons", 4)
+    ids, mask, own = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), torch.from_numpy(batch.weights) > 0
+    looks = torch.from_numpy(batch.looks)
+    gathering.repair_loss(net, ids, mask, own, looks, LAYERS).backward()
+    assert net.blocks[LAYERS].attention.wo.weight.grad.abs().sum() > 0 and net.blocks[LAYERS + 1].attention.wo.weight.grad is None
+    with torch.no_grad():
+        goals = [gathering.hidden_after(net, row[row != BEACON][None], None, LAYERS)[0][mine[row != BEACON]] for row, mine in zip(ids, own)]
+        goal = torch.cat(goals)
+    mine = gathering.hidden_after(net, ids, mask, LAYERS)[own]
+    weights = torch.ones(ids.shape)
+    weights[looks[:, 1][looks[:, 0] == NEAR], looks[:, 2][looks[:, 0] == NEAR]] = 8.0
+    weights = weights[own]
+    want = torch.autograd.grad((weights * ((mine - goal) ** 2).sum(-1)).sum() / (weights * (goal**2).sum(-1)).sum(), net.blocks[1].attention.wv.weight)[0]
+    assert torch.allclose(net.blocks[1].attention.wv.weight.grad, want, atol=1e-6)
 
 
 def test_a_run_begins_grown_and_learns_to_look(tmp_path):

@@ -181,9 +181,10 @@ def train_step(run: Run, rng: Random) -> dict:
     extra, more = torch.zeros(()), {}
     if layers:
         crumbs = recipe.breadcrumbs
-        looks, best = look_loss(taps, torch.from_numpy(batch.looks), mask, layers)
-        repair = repair_loss(run.net, ids, mask, told, layers)
-        extra = crumbs.look_weight * looks + crumbs.repair_weight * repair
+        looks = torch.from_numpy(batch.looks)
+        looking, best = look_loss(taps, looks, mask, layers)
+        repair = repair_loss(run.net, ids, mask, told, looks, layers)
+        extra = crumbs.look_weight * looking + crumbs.repair_weight * repair
         more = {"trace_looks": [round(x, 3) for x in best], "repair": repair.item()}
     (loss + stage.index_weight * index + extra).backward()
     report = {
