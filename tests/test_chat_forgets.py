@@ -31,7 +31,7 @@ def paged(tmp_path):
 
 
 def pages(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and path.name != "CACHEDIR.TAG"]
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and path.name not in ("CACHEDIR.TAG", "lock")]
 
 
 def saved(chat, name) -> dict:
