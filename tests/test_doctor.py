@@ -129,6 +129,7 @@ def test_what_killed_runs_and_cut_downloads_left(capsys, child, tmp_path):
     left = tmp_path / f"cache/zoomr-local/zoomr-{dead.pid}-0123abcd"
     left.mkdir(parents=True)
     (left / "page-1-2-detail.page").write_bytes(b"x" * MIB)
+    os.utime(left, (0, 0))  # without a lock it might be one that is just being made
     mine = tmp_path / f"cache/zoomr-local/zoomr-{os.getpid()}-0123abcd"
     mine.mkdir()
     part = tmp_path / "hf/hub/models--user--repo/blobs/abc.incomplete"
