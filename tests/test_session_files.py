@@ -339,7 +339,7 @@ def test_pages_that_find_no_room_on_the_disk_are_lost_blocks_and_said(model, pro
     lost = [e for e in events if isinstance(e, BlockLost)]
     assert 0 < len(lost) < n_pages and {e.reason for e in lost} == {"No space left on device"}
     assert len([e for e in events if isinstance(e, Warned)]) == 1
-    assert isinstance(events[-1], Finished) and events[-1].cache.faults == len(lost)
+    assert isinstance(events[-1], Finished) and len(lost) <= events[-1].cache.faults < n_pages  # a block whose rows are in cells is not lost
     engine.close()
 
 
