@@ -21,8 +21,8 @@ def edited(text: str, whole: Callable[[], AbstractContextManager[None]] = nullco
     """``text`` as it was left in $VISUAL or $EDITOR (else an editor that is installed), without the line end behind it; ``text``
     itself if nothing was changed.
 
-    The editor is started within ``whole()``, which no signal may cut in two. The file that is edited is readable by its owner only and is removed. Raises UsageError if the editor cannot be
-    started, fails, or leaves what is not text.
+    The editor is started within ``whole()``, which no signal may cut in two. The file that is edited is readable by its owner only
+    and is removed. Raises UsageError if the editor cannot be started, fails, or leaves what is not text.
     """
     command = _command()
     file, name = tempfile.mkstemp(prefix="zoomr-", suffix=".md")

@@ -21,6 +21,7 @@ from ..tokenizer import BEACON
 from .looks import ASKED, GATHERED, NEAR, PARTED
 from .network import Network, mimetic_init, rope_angles, views_of
 
+
 @torch.no_grad()
 def with_layers(net: Network, layers: int, seed: int) -> Network:
     """A copy of ``net`` with so many layers more after its first, which attend to everything a little and copy what they attend to.

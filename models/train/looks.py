@@ -11,8 +11,8 @@ from ..tasks.series import NUMERALS
 from ..tasks.wording import NAMES
 from ..tokenizer import BEACON, encode
 
-_NAMES = np.array(sorted({encode(" " + name)[0] for name in (*NAMES, *NUMERALS)}))
-_NUMBERS = np.array(sorted({encode(f" {i}")[0] for i in range(100)}))
+NAME_TOKENS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
+NUMBER_TOKENS = tuple(encode(f" {i}")[0] for i in range(100))
 _MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus"))
 _THOUGHT = 100
 """Tokens; no thought is longer."""
@@ -50,13 +50,13 @@ def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -
     """What a thought says again of itself and only beacons are left of: a name that it named, the numbers that it adds or subtracts."""
     said, beacons = ids[text], np.flatnonzero(ids == BEACON)
     needed = []
-    for i in np.flatnonzero(np.isin(said, _NAMES)):
+    for i in np.flatnonzero(np.isin(said, NAME_TOKENS)):
         before = np.flatnonzero(said[max(0, i - _THOUGHT) : i] == said[i])
         if len(before):
             needed.append((text[i - 1], text[max(0, i - _THOUGHT) + before[-1]]))
     for i in np.flatnonzero(said == _MAKES):
         j = i - 1
-        while said[j] in _NUMBERS:
+        while said[j] in NUMBER_TOKENS:
             needed.append((text[i], text[j]))
             if said[j - 1] not in (_PLUS, _MINUS):
                 break

@@ -14,15 +14,11 @@ from random import Random
 import numpy as np
 
 from ..tasks import FAMILIES, Problem, prompt_text, split_of
-from ..tasks.series import NUMERALS
-from ..tasks.wording import NAMES
 from ..tokenizer import encode
 from .batches import reply_row
 from .beacons import with_beacons
-from .looks import drill_looks
+from .looks import NAME_TOKENS, NUMBER_TOKENS, drill_looks
 
-_KEYS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
-_VALUES = tuple(encode(f" {i}")[0] for i in range(100))
 _IS, _STOP = encode(" is")[0], encode(".")[0]
 
 
@@ -36,8 +32,8 @@ def recall_batch(rng: Random, tokens: int, pairs: int) -> tuple[np.ndarray, np.n
     ids = np.zeros((rows, length), np.int64)
     weights = np.zeros((rows, length), np.float32)
     for row in range(rows):
-        keys = rng.sample(_KEYS, pairs)
-        values = [rng.choice(_VALUES) for _ in keys]
+        keys = rng.sample(NAME_TOKENS, pairs)
+        values = [rng.choice(NUMBER_TOKENS) for _ in keys]
         again = rng.sample(range(pairs), pairs)
         flat = [(keys[i], _IS, values[i], _STOP) for i in [*range(pairs), *again]]
         ids[row] = np.array(flat).reshape(-1)
@@ -60,7 +56,7 @@ def beacon_recall_batch(
     rows = max(1, tokens * every // (every + 1) // (8 * pairs + others))
     made = []
     for row, told in zip(*recall_batch(rng, rows * 8 * pairs, pairs), strict=True):
-        unsaid = sorted(set(_KEYS) - set(row.tolist()))
+        unsaid = sorted(set(NAME_TOKENS) - set(row.tolist()))
         before = sorted(4 * rng.randrange(2 * pairs) for _ in range(others))
         ids = np.insert(row, before, rng.choices(unsaid, k=others))
         made.append(with_beacons(reply_row(ids, 0, np.insert(told, before, 0.0)), every))
