@@ -74,9 +74,11 @@ def test_what_models_without_summaries_keep_is_what_was_measured():
 
 def test_accuracy_is_the_measured_share():
     cells = {}
-    for result in sorted(RESULTS.glob("accuracy*.json")):  # of cells measured twice the first stands, as on the accuracy page
+    for result in sorted(RESULTS.glob("accuracy*.json")):  # of cells measured twice the one of more problems stands, as on the accuracy page
         for cell in json.loads(result.read_text())["cells"]:
-            cells.setdefault((cell["family"], cell["policy"], cell["kv_budget"]), cell)
+            place = (cell["family"], cell["policy"], cell["kv_budget"])
+            if place not in cells or cell["n"] > cells[place]["n"]:
+                cells[place] = cell
     (heading,) = [line for line in README.splitlines() if line.startswith("| policy | `dag`")]
     columns = re.findall(r"`(\w+)`, (\d+) cells", heading)
     assert {family for family, _ in columns} == {"dag", "ledger", "linsys", "series"}
@@ -90,5 +92,6 @@ def test_accuracy_is_the_measured_share():
             if cell is None:
                 assert text == "-"
                 continue
-            share, low, high = (f"{100 * x:.0f}" for x in (cell["accuracy"], *cell["wilson95"]))
+            share = f"{100 * cell['accuracy']:.1f}".removesuffix(".0")  # 199 of 200 is not 100 %
+            low, high = (f"{100 * x:.0f}" for x in cell["wilson95"])
             assert text == f"{share} % ({low} to {high})", (policy, family)
