@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import settings as settings_of_tests
 from hypothesis import strategies as st
 
+from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.policies import POLICIES, BlockView, Settings, TokenView
 from zoomr_local.policies.zoomr import head_votes, shared_votes
+from zoomr_local.sampling import SamplingParams
 
 
 def view(free, details, summaries=None, votes=None, lifetime=None, used=None):
@@ -240,3 +242,17 @@ def test_random_draws_others_of_every_text():
 
 def test_every_policy_has_a_name_and_a_headline():
     assert list(POLICIES) == [p.name for p in POLICIES.values()] and all(p.headline for p in POLICIES.values())
+
+
+def test_the_engine_says_which_text_it_is(model, prompt, monkeypatch):
+    """One number while a text is written, and another for another text."""
+    seen, select = [], POLICIES["random"].select
+    monkeypatch.setattr(POLICIES["random"], "select", lambda policy, view: (seen.append(view.text), select(policy, view))[1])
+    texts = []
+    for begins in (prompt, [prompt[0], *prompt[2:]]):
+        engine = Engine(model, EngineConfig(policy="random", kv_budget=192))
+        list(engine.generate(begins, SamplingParams(), 30))
+        engine.close()
+        texts.append(set(seen))
+        seen.clear()
+    assert [len(found) for found in texts] == [1, 1] and texts[0] != texts[1]
