@@ -41,7 +41,9 @@ _FILE_TYPES = {
 
 
 def load_network(checkpoint: Path, averaged: bool = True) -> tuple[Network, dict]:
-    """The network of a training checkpoint and the checkpoint's other entries. Raises ValueError for a file that is none."""
+    """The network of a training checkpoint and the checkpoint's other entries, or of an exported file, which has none. Raises ValueError for others."""
+    if checkpoint.suffix == ".gguf":
+        return network_of_gguf(checkpoint), {}
     try:
         state = torch.load(checkpoint, weights_only=True)
         net = Network(Shape(**state["shape"]))
@@ -65,13 +67,40 @@ def mean_network(checkpoints: list[Path]) -> tuple[Network, dict]:
     return net, state
 
 
-def tensor_names(net: Network) -> dict[str, np.ndarray]:
-    """Every weight under its GGUF name, float32, rows as PyTorch has them."""
+def network_of_gguf(path: Path) -> Network:
+    """The network that was exported to a file, as its types have left it. Raises ValueError for a file that is none."""
+    try:
+        reader = gguf.GGUFReader(path)
+        said = {name.removeprefix("llama."): reader.fields[name].contents() for name in reader.fields if name.startswith("llama.")}
+        shape = Shape(
+            vocab=said["vocab_size"], layers=said["block_count"], width=said["embedding_length"], heads=said["attention.head_count"],
+            kv_heads=said["attention.head_count_kv"], ff=said["feed_forward_length"],
+            rope_base=_decimal(said["rope.freq_base"]), eps=_decimal(said["attention.layer_norm_rms_epsilon"]),
+        )  # fmt: skip
+        tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+        net = Network(shape)
+        net.load_state_dict({ours: tensors[theirs] for ours, theirs in _names(shape.layers).items()})
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path} is no model that models.export wrote: {type(error).__name__}: {error}".splitlines()[0]) from error
+    return net.eval()
+
+
+def _decimal(value: float) -> float:
+    """The number that was written, of what a float32 made of it."""
+    return float(str(np.float32(value)))
+
+
+def _names(layers: int) -> dict[str, str]:
     named = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
-    for i in range(net.shape.layers):
+    for i in range(layers):
         for ours, theirs in _LAYER_NAMES.items():
             named[f"blocks.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
-    weights = net.state_dict()
+    return named
+
+
+def tensor_names(net: Network) -> dict[str, np.ndarray]:
+    """Every weight under its GGUF name, float32, rows as PyTorch has them."""
+    named, weights = _names(net.shape.layers), net.state_dict()
     assert set(weights) == set(named)
     return {named[k]: v.numpy() for k, v in weights.items()}
 

@@ -120,6 +120,12 @@ def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, capsys, data):
     assert stop.value.code == 2 and f"{tmp_path / 'junk.pt'} is no checkpoint of a training run" in capsys.readouterr().err
 
 
+def test_a_recipe_of_breadcrumbs_names_its_own_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(Path(recipe.__file__).parent / "breadcrumbs.toml"), str(tmp_path / "out")])
+    assert stop.value.code == 2 and "python -m models.train.breadcrumbs " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_resumed_run_forgets_the_log_after_its_checkpoint(tmp_path):
     plan = recipe.Recipe("t", 0, 0, 4, 1, 300, 3e-3, 3e-3, 2, 0.5, (0, 1), 0.9, SMALL, (STAGE,))
     ended = run.Run(plan, tmp_path)

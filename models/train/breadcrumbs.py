@@ -1,6 +1,6 @@
 """Breadcrumbs: a policy is improved by its reward while its rollouts teach a second network to read beacons.
 
-`python -m models.train.breadcrumbs models/train/breadcrumbs.toml OUT --start PLAIN/checkpoint.pt` trains both jointly;
+`python -m models.train.breadcrumbs models/train/breadcrumbs.toml OUT --start models/plain-tiny.gguf` trains both jointly;
 `models/train/breadcrumbs-distill.toml` is the comparison: as many rollouts are distilled, but of the policy as it began. Either resumes from
 OUT/checkpoint.pt. That file holds the beacon network where other checkpoints hold theirs, so every tool that takes a checkpoint reads it; the
 policy is written beside it as OUT/policy.pt. OUT/log.jsonl has every step of every process, OUT/loss.png is drawn at the end.
@@ -28,7 +28,8 @@ not say (to us) what follows; chosen here:
   has one network a rate.
 - A supervised warm-up (`warm_up` steps on reference traces under the beacon mask) before the first rollout, in either mode. The paper starts from a
   pretrained model and has none; here a beacon begins as one new embedding row that means nothing, and reference traces cost no sampling.
-- The beacon network has three layers more than the policy, and the drill of the warm-up supervises where they look (`gathering.py` says why).
+- The beacon network has three layers more than the policy. Where they look is supervised (`gathering.py` says why), and so is what a beacon holds
+  (`held.py`).
 - Rollouts are of shorter problems than those that are evaluated, as their tokens are sampled one after the other on two cores. So that long traces
   are not forgotten meanwhile, each rollout step is followed by `references` supervised ones of the stage's lengths, in either mode.
 """
@@ -55,10 +56,15 @@ from . import side_by_side
 from .batches import Row, reply_row
 from .beacons import with_beacons
 from .gathering import with_layers
+from .held import Readers
 from .network import Network
 from .recipe import Recipe, load_recipe
 from .rollout import Reply, is_right, reply_limit, sample
 from .run import Learner, Run, loop, train_step
+
+
+_READERS_LR = 3e-3
+"""AdamW, of `Readers`, which serve training alone; it does not fall."""
 
 
 def with_beacon_row(net: Network) -> Network:
@@ -88,24 +94,37 @@ class BreadcrumbsRun(Run):
                 begun = with_layers(begun, layers, recipe.seed)
             for net in (self.net, self.average):
                 net.load_state_dict(begun.state_dict())
+        self.readers = Readers(recipe.shape.width, max(recipe.beacon_every), recipe.seed)
+        self.readers_optimizer = torch.optim.AdamW(self.readers.parameters(), _READERS_LR, (0.9, 0.98), weight_decay=0.0)
         rate = recipe.breadcrumbs.policy_lr
         self.policy = Learner(policy, [torch.optim.AdamW(policy.parameters(), rate, (0.9, 0.98), weight_decay=0.0)], (rate,))
 
     def state(self) -> dict:
-        return {**super().state(), "policy": self.policy.state()}
+        readers = {"weights": self.readers.state_dict(), "optimizer": self.readers_optimizer.state_dict()}
+        return {**super().state(), "policy": self.policy.state(), "readers": readers}
 
     def load(self, state: dict) -> None:
         super().load(state)
         self.policy.load(state["policy"])
+        self.readers.load_state_dict(state["readers"]["weights"])
+        self.readers_optimizer.load_state_dict(state["readers"]["optimizer"])
+
+    def update(self, keep: float) -> None:
+        super().update(keep)
+        if self.readers.weight.grad is not None:  # a distilled reply has none
+            side_by_side.average_gradients(self.readers)
+            self.readers_optimizer.step()
+            self.readers_optimizer.zero_grad()
 
     def save(self) -> None:
         super().save()
         super().save("policy", self.policy.state())
 
     def set_rate(self) -> float:
-        """Linear rise at the start, full through the warm-up, then a linear fall to 0 over the steps with rollouts."""
-        steps, warm_up = self.recipe.steps, self.recipe.breadcrumbs.warm_up
-        factor = min(1.0, (self.step + 1) / self.recipe.warmup, (steps - self.step) / max(1, steps - warm_up))
+        """Linear rise at the start, full to the end of the warm-up or to `fall`, then a linear fall to 0 at the end."""
+        steps, crumbs = self.recipe.steps, self.recipe.breadcrumbs
+        fall = crumbs.warm_up if crumbs.fall is None else crumbs.fall
+        factor = min(1.0, (self.step + 1) / self.recipe.warmup, (steps - self.step) / max(1, steps - fall))
         self.scale_rates(factor)
         self.policy.scale_rates(factor)
         return factor
@@ -324,13 +343,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", type=Path, help="checkpoint of a plain network, not needed to resume")
+    parser.add_argument("--start", type=Path, help="plain network to begin with, a checkpoint or a GGUF file; not needed to resume")
     args = parser.parse_args(arguments)
     for path in (args.recipe, args.start):
         if path and not path.is_file():
             parser.error(f"there is no file {path}")
     if not args.start and not (args.out / "checkpoint.pt").is_file():
-        parser.error(f"{args.out} holds no run to resume; give the plain network to begin with: --start CHECKPOINT")
+        parser.error(f"{args.out} holds no run to resume; give the plain network to begin with: --start models/plain-tiny.gguf")
     try:
         recipe = _checked(load_recipe(args.recipe), args.recipe)
         start = load_network(args.start)[0] if args.start else None

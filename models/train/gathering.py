@@ -59,8 +59,9 @@ def look_layers(layers: int) -> dict[int, tuple[int, ...]]:
 
 
 def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tensor, layers: int) -> tuple[Tensor, list[float]]:
-    """Minus the log of the attention that the mean of a layer's heads pays, averaged over what is to be looked at and added up over
-    the layers; and for each layer the best head's attention.
+    """Minus the log of the chance that one of a layer's heads at least looks there, if each does with its attention, averaged over what is
+    to be looked at and added up over the layers; and for each layer the best head's attention. Asked of their mean, all heads would look
+    at one thing and a beacon gather nothing else (models/LOG.md).
 
     taps: (q, k) of layers 1 to ``layers`` + 1, rotated; looks int64 [N, 4], of ``Look``s; mask bool [B, 1, T, T].
     """
@@ -77,7 +78,7 @@ def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tenso
                 shares = scores.masked_fill(~mask[row, 0, at], float("-inf")).softmax(-1)
                 paid.append(shares.gather(-1, to.expand(len(shares), -1)[..., None])[..., 0])
             attention = torch.cat(paid, 1)
-            total = total - attention.mean(0).clamp_min(1e-6).log().mean()
+            total = total - (1 - (1 - attention).prod(0)).clamp_min(1e-6).log().mean()
             best.append(attention.max(0).values.mean().item())
     return total, best
 
@@ -95,12 +96,12 @@ NEAR_WEIGHT = 8.0
 """How much more the places count that need what is near: one token in twenty, and the hardest."""
 
 
-def repair_loss(net: Network, ids: Tensor, mask: Tensor, own: Tensor, looks: Tensor, layers: int) -> Tensor:
+def repair_loss(net: Network, states: Tensor, ids: Tensor, own: Tensor, looks: Tensor, layers: int) -> Tensor:
     """How far the tokens of the reply are, where the old layers begin, from what they are without beacons and eviction: squared
     distance in squared lengths, weighted. The side without beacons takes no gradient.
 
-    ids int64 [B, T] and mask bool [B, 1, T, T], with beacons; own bool [B, T], true for the reply's tokens, beacons left out; looks
-    int64 [N, 4], of which those of kind NEAR begin at places of more weight.
+    states float32 [B, T, D], under beacons, behind the first layer and ``layers`` more; ids int64 [B, T]; own bool [B, T], true for the
+    reply's tokens, beacons left out; looks int64 [N, 4], of which those of kind NEAR begin at places of more weight.
     """
     weights = own.float()
     near = looks[looks[:, 0] == NEAR]
@@ -111,5 +112,5 @@ def repair_loss(net: Network, ids: Tensor, mask: Tensor, own: Tensor, looks: Ten
             text = row != BEACON
             goals.append(hidden_after(net, row[text][None], None, layers)[0][mine[text]])
         goal = torch.cat(goals)
-    found = hidden_after(net, ids, mask, layers)[own]
+    found = states[own]
     return (weights[own] * (found - goal).square().sum(-1)).sum() / (weights[own] * goal.square().sum(-1)).sum()

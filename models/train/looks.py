@@ -13,7 +13,7 @@ from ..tokenizer import BEACON, encode
 
 NAME_TOKENS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
 NUMBER_TOKENS = tuple(encode(f" {i}")[0] for i in range(100))
-_MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus"))
+MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus"))
 _THOUGHT = 100
 """Tokens; no thought is longer."""
 
@@ -54,7 +54,7 @@ def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -
         before = np.flatnonzero(said[max(0, i - _THOUGHT) : i] == said[i])
         if len(before):
             needed.append((text[i - 1], text[max(0, i - _THOUGHT) + before[-1]]))
-    for i in np.flatnonzero(said == _MAKES):
+    for i in np.flatnonzero(said == MAKES):
         j = i - 1
         while said[j] in NUMBER_TOKENS:
             needed.append((text[i], text[j]))
@@ -65,7 +65,7 @@ def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -
     for at, place in needed:
         if not mask[at, place]:
             beacon = beacons[np.searchsorted(beacons, place)]
-            looks += [(GATHERED, row, beacon, place), (NEAR, row, at, beacon)]
+            looks.append((NEAR, row, at, beacon))
     return looks
 
 

@@ -131,12 +131,12 @@ class Network(nn.Module):
 
     def forward(
         self, ids: Tensor, mask: Tensor | None = None, taps: tuple[int, ...] = (),
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, states: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Hidden states [B, T, D] after the last norm, and (q, k) of the layers in `taps`.
 
         ids int64 [B, T]; mask boolean [B, 1, T, T] or None for causal; positions int64
-        [B, T] or None for 0, 1, 2, ...
+        [B, T] or None for 0, 1, 2, ...; `states`, if given, gets the hidden states behind every layer.
         """
         at = torch.arange(ids.shape[1]) if positions is None else positions[:, None]
         angles = rope_angles(self.shape, at)
@@ -148,6 +148,8 @@ class Network(nn.Module):
             if i in taps:
                 tapped[i] = (q, k)
             x = block.feed_forward(x + block.attention.mix(q, k, v, views))
+            if states is not None:
+                states[i] = x
         return self.norm(x), tapped
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ def main() -> None:
         net, state = load_network(args.checkpoint)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"step {state['step']}, {state['tokens'] / 1e6:.2f} million task tokens, {state['seconds'] / 60:.0f} minutes")
+    if state:  # a file that was exported has no counters
+        print(f"step {state['step']}, {state['tokens'] / 1e6:.2f} million task tokens, {state['seconds'] / 60:.0f} minutes")
     for family in args.families.split(","):
         thoughts = max(1, round(LONG_THOUGHTS[family] * args.share))
         rows = [make_row(p, summaries=not args.plain) for p in generate(family, args.n, 77, thoughts, "dev")]

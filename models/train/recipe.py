@@ -44,7 +44,8 @@ class Breadcrumbs:
     clip: furthest an importance ratio may move; policy_lr: AdamW, of the policy; only_right: distill no wrong reply;
     thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step,
     in one process all of one family; layers: how many the beacon network has more than the policy, after its first (`gathering.py`), and
-    look_weight: of the loss on their attention in the recall drill and in reference traces; repair_weight: of the loss on what they leave to the old layers.
+    look_weight: of the loss on their attention in the recall drill and in reference traces; repair_weight: of the loss on what they leave to the old layers;
+    held_weight: of the loss on what a beacon holds (`held.py`); fall: step from which the rates fall to 0 at the end, if not the end of the warm-up.
     """
 
     mode: str
@@ -61,6 +62,8 @@ class Breadcrumbs:
     layers: int = 0
     look_weight: float = 0.0
     repair_weight: float = 0.0
+    held_weight: float = 0.0
+    fall: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -1,8 +1,8 @@
 """The training loop: `python -m models.train.run models/train/tiny.toml OUT`.
 
 Owned by models/train; a command, and what `breadcrumbs.py` is built on. Resumes from OUT/checkpoint.pt when it
-is there; writes OUT/log.jsonl (one object every few steps) and OUT/loss.png at the end. `--start CHECKPOINT` begins
-with the weights that another run shipped instead of new ones; the optimisers begin anew.
+is there; writes OUT/log.jsonl (one object every few steps) and OUT/loss.png at the end. `--start FILE` begins
+with the weights of another run's checkpoint or exported file instead of new ones; the optimisers begin anew.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..export import load_network
 from . import side_by_side
 from .batches import task_batch
 from .gathering import look_loss, repair_loss
+from .held import Readers, held_loss
+from .looks import MAKES
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
@@ -73,6 +75,9 @@ class Learner:
 
 class Run(Learner):
     """A run in progress: the network that ships, and counters."""
+
+    readers: Readers | None = None
+    """Of a run whose network has beacons (`breadcrumbs.py`)."""
 
     def __init__(self, recipe: Recipe, out: Path, start: Network | None = None) -> None:
         """Begins as ``start``, or anew if it is None. Raises ValueError for a start of another shape."""
@@ -133,15 +138,28 @@ def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> dict:
         layers = _looking(recipe)
     else:
         ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
-    hidden, taps = run.net(ids, mask, tuple(range(1, layers + 2)) if layers else ())
+    states: dict[int, torch.Tensor] = {}
+    hidden, taps = run.net(ids, mask, tuple(range(1, layers + 2)) if layers else (), states=states)
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
     report = {"recall": (right * weights).sum().item() / weights.sum().item()}
     if layers:
-        more, best = look_loss(taps, looks, mask, layers)
-        loss = loss + recipe.breadcrumbs.look_weight * more
-        report["looks"] = [round(x, 3) for x in best]
+        more, said = _beacon_losses(run, taps, states, ids, mask, looks, every)
+        loss, report = loss + more, report | said
     (recipe.recall_weight * loss).backward()
     return report
+
+
+def _beacon_losses(
+    run: Run, taps: dict, states: dict[int, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor, looks: torch.Tensor, every: int
+) -> tuple[torch.Tensor, dict]:
+    """Where the layers that gather look, and what a beacon holds before the last of them; and what the log says of it."""
+    crumbs = run.recipe.breadcrumbs
+    looking, best = look_loss(taps, looks, mask, crumbs.layers)
+    loss, said = crumbs.look_weight * looking, {"looks": [round(x, 3) for x in best]}
+    if crumbs.held_weight:
+        held, read = held_loss(run.readers, states[crumbs.layers - 1], run.net.embedding.weight, ids, every)
+        loss, said = loss + crumbs.held_weight * held, said | {"held": read}
+    return loss, said
 
 
 _LONG_PROMPTS = ("dag", "ledger", "linsys")
@@ -173,19 +191,21 @@ def train_step(run: Run, rng: Random) -> dict:
     )
     supervised = recipe.index_layers if recipe.style == "zoomr" else ()
     layers = _looking(recipe) if len(batch.looks) else 0
-    hidden, taps = run.net(ids, mask, supervised or (tuple(range(1, layers + 2)) if layers else ()), positions)
+    states: dict[int, torch.Tensor] = {}
+    hidden, taps = run.net(ids, mask, supervised or (tuple(range(1, layers + 2)) if layers else ()), positions, states)
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
     parts = [index_loss(*taps[i], batch) for i in supervised]
     index = sum((p[0] for p in parts), torch.zeros(())) / max(1, len(parts))
     told = weights > 0
     extra, more = torch.zeros(()), {}
     if layers:
-        crumbs = recipe.breadcrumbs
         looks = torch.from_numpy(batch.looks)
-        looking, best = look_loss(taps, looks, mask, layers)
-        repair = repair_loss(run.net, ids, mask, told, looks, layers)
-        extra = crumbs.look_weight * looking + crumbs.repair_weight * repair
-        more = {"trace_looks": [round(x, 3) for x in best], "repair": repair.item()}
+        repair = repair_loss(run.net, states[layers], ids, told, looks, layers)
+        extra, said = _beacon_losses(run, taps, states, ids, mask, looks, every)
+        extra = extra + recipe.breadcrumbs.repair_weight * repair
+        sums = told & (ids.gather(1, sources) == MAKES)
+        more = {f"trace_{name}": value for name, value in said.items()}
+        more |= {"repair": repair.item(), "sums": right[sums].float().mean().item() if sums.any() else None}
     (loss + stage.index_weight * index + extra).backward()
     report = {
         "family": family, "masked": masked, "T": ids.shape[1], "loss": loss.item(),
@@ -283,13 +303,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", type=Path, help="checkpoint of the network to begin with")
+    parser.add_argument("--start", type=Path, help="network to begin with, a checkpoint or a GGUF file")
     args = parser.parse_args(arguments)
     for path in (args.recipe, args.start):
         if path and not path.is_file():
             parser.error(f"there is no file {path}")
     try:
         recipe = load_recipe(args.recipe)
+        if recipe.breadcrumbs:
+            raise ValueError(f"{args.recipe} is a recipe of Breadcrumbs: python -m models.train.breadcrumbs {args.recipe} {args.out}")
         start = load_network(args.start)[0] if args.start else None
         Run(recipe, args.out, start).resume()  # what does not fit is said before any process is started
     except (ValueError, OSError) as error:
