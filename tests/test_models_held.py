@@ -86,6 +86,8 @@ def test_the_rates_fall_from_the_step_that_the_recipe_says(tmp_path):
     factors = []
     for made.step in range(10):
         factors.append(made.set_rate())
+        policy = made.policy.optimizers[0].param_groups[0]["lr"] / CRUMBS.policy_lr
+        assert policy == pytest.approx(0.5 if made.step == 9 else 1), "the policy's rates fall with its rollouts"
     assert factors == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 

@@ -121,13 +121,17 @@ class BreadcrumbsRun(Run):
         super().save("policy", self.policy.state())
 
     def set_rate(self) -> float:
-        """Linear rise at the start, full to the end of the warm-up or to `fall`, then a linear fall to 0 at the end."""
-        steps, crumbs = self.recipe.steps, self.recipe.breadcrumbs
-        fall = crumbs.warm_up if crumbs.fall is None else crumbs.fall
-        factor = min(1.0, (self.step + 1) / self.recipe.warmup, (steps - self.step) / max(1, steps - fall))
-        self.scale_rates(factor)
-        self.policy.scale_rates(factor)
-        return factor
+        """Linear rise at the start, full to the end of the warm-up or to `fall`, then a linear fall to 0 at the end; the policy, which learns
+        after the warm-up, falls from there. Returns the beacon network's factor."""
+        left, crumbs, rise = self.recipe.steps - self.step, self.recipe.breadcrumbs, (self.step + 1) / self.recipe.warmup
+
+        def factor(since: int) -> float:
+            return min(1.0, rise, left / max(1, self.recipe.steps - since))
+
+        found = factor(crumbs.warm_up if crumbs.fall is None else crumbs.fall)
+        self.scale_rates(found)
+        self.policy.scale_rates(factor(crumbs.warm_up))
+        return found
 
 
 def roll_out(net: Network, problems: Sequence[Problem], recipe: Recipe, rng: Random) -> tuple[list[Reply], Tensor]:

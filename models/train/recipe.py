@@ -45,7 +45,8 @@ class Breadcrumbs:
     thoughts: lengths of the problems that are rolled out, if not the stage's; references: supervised steps beside each rollout step,
     in one process all of one family; layers: how many the beacon network has more than the policy, after its first (`gathering.py`), and
     look_weight: of the loss on their attention in the recall drill and in reference traces; repair_weight: of the loss on what they leave to the old layers;
-    held_weight: of the loss on what a beacon holds (`held.py`); fall: step from which the rates fall to 0 at the end, if not the end of the warm-up.
+    held_weight: of the loss on what a beacon holds (`held.py`); fall: step from which the beacon network's rates fall to 0 at the end,
+    if not the end of the warm-up, as the policy's do.
     """
 
     mode: str
