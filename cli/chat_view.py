@@ -131,6 +131,7 @@ class ReplyView:
         self._began = time.monotonic()
         self._in_thought = self._answered = self._read = False
         self._parted = False  # a marker stood between what is shown and what comes
+        self._told: list[str] = []  # of the answer, as it came
 
     def feed(self, event: Event) -> None:
         """One event; tokens are by far the most."""
@@ -169,10 +170,7 @@ class ReplyView:
         self._resident = event.resident_tokens
         if event.role == "answer":
             self._close_thought()
-            text = event.text if self._answered else event.text.lstrip("\n")
-            if text:
-                self._answered = True
-                self.screen.answer(text)
+            self._answer(event.text)
             return
         self._thought_tokens += event.role in ("thought", "summary")
         first, self._in_thought = not self._in_thought, True
@@ -180,6 +178,13 @@ class ReplyView:
             self._show(event)
         elif self.thinking != HIDE:
             self.screen.status(f"thinking {self._facts()} · Ctrl-T answers now", force=first)
+
+    def _answer(self, told: str) -> None:
+        self._told.append(told)
+        text = told if self._answered else told.lstrip("\n")
+        if text:
+            self._answered = True
+            self.screen.answer(text)
 
     def _show(self, event: TokenDecoded) -> None:
         """Thoughts and summaries begin lines of their own: their markers, which part them, have no text."""
@@ -212,6 +217,9 @@ class ReplyView:
     def _finished(self, done: Finished) -> None:
         self._close_thought()
         self.screen.status(None)
+        told = "".join(self._told)
+        if done.content.startswith(told):  # what was held back as it might have begun a stop string is told by no token
+            self._answer(done.content[len(told) :])
         self.screen.end_line()
         if done.reason == "length":
             self.screen.note("cut off: --max-tokens was reached; raise it (in a chat: /set max_tokens N)")

@@ -21,6 +21,7 @@ from zoomr_cli.chat_store import ChatStore
 from zoomr_cli.chat_view import ReplyView, Screen, visible
 from zoomr_local.errors import UsageError
 from zoomr_local.events import TokenDecoded
+from zoomr_local.sampling import SamplingParams
 from zoomr_local.session import Saved
 
 # ---------------------------------------------------------------- a conversation
@@ -68,6 +69,14 @@ def test_ctrl_c_stops_the_reply_and_keeps_it(chat, monkeypatch, foreground):
 def test_ctrl_c_at_the_prompt_says_how_to_leave_and_an_error_does_not_end_the_chat(chat):
     text = chat.type(KeyboardInterrupt(), "/nothing", "hello")
     assert "Ctrl-D or /exit leaves" in text and "error: there is no command /nothing" in text and ANSWER in text
+
+
+@pytest.mark.parametrize("stop", ["23 and more", "w22 w23, or"])
+def test_text_that_might_have_begun_a_stop_string_is_shown_when_it_has_not(chat, stop):
+    chat.loop.sampling = SamplingParams(stop=(stop,))
+    text = chat.type("hello", "again")
+    assert text.count(ANSWER.strip() + "\n") == 2
+    assert [turn.answer for turn in chat.loop.talk.turns] == [ANSWER] * 2
 
 
 def test_what_happens_is_said(chat):

@@ -96,6 +96,16 @@ def test_a_reply_saved_in_the_middle_of_its_answer_goes_on_with_the_same_tokens(
     assert (again.content, again.reasoning, again.completion_tokens) == (whole.content, whole.reasoning, whole.completion_tokens)
 
 
+def test_a_reply_that_the_model_has_ended_can_be_saved_and_ends_again(engine, prompt, tmp_path):
+    """The token that ended it is no part of what followed the grammar."""
+    *_, done = engine.generate(prompt, sampled(0.0), 300, limits=THINKING)
+    assert done.reason == "stop"
+    engine.save(tmp_path / "s")
+    engine.load(tmp_path / "s")
+    (again,) = engine.resume()
+    assert (again.content, again.reason, again.completion_tokens) == (done.content, "stop", done.completion_tokens)
+
+
 # ---------------------------------------------------------------- the draw
 
 

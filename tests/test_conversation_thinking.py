@@ -58,8 +58,23 @@ def test_half_of_what_is_left_at_a_cut_is_for_the_answer_and_a_sentence_that_tak
 
 
 def test_a_budget_of_nothing_answers_at_once():
-    _, tokens = reply(ThinkingLimits(0), [WORD + 5, WORD])
-    assert tokens == [WORD + 5, *closing(), WORD], "the first token is sampled with the prompt"
+    events, tokens = reply(ThinkingLimits(0), [WORD + 5, WORD])
+    (said,) = of(ThinkingCut, events)
+    assert tokens == [*closing(), WORD + 5, WORD] and (said.reason, said.thinking_tokens) == ("budget", 0)
+    _, tokens = reply(ThinkingLimits(1), [WORD + 5, WORD])
+    assert tokens == [WORD + 5, *closing(), WORD]
+
+
+def test_no_stop_string_is_found_in_what_the_runtime_writes():
+    """Else the sentence that ends thinking would end the reply, without an answer; in what the model writes it is."""
+    model = TalkModel()
+    written = model.piece(model.tokenize(CLOSING)[1]).decode()
+    for script, content, ended in (([WORD] * 3 + [WORD + 3], " w13", "stop"), ([WORD] * 3 + [model.tokenize(CLOSING)[1], WORD], "", "stop")):
+        with talking(model=model) as engine:
+            ScriptedSampler.script = script
+            events = list(engine.generate([USER, BOT, THINK], SamplingParams(stop=(written,)), 90, limits=ThinkingLimits(3), room_tokens=99))
+        assert of(ThinkingCut, events) and (events[-1].content, events[-1].reason) == (content, ended)
+        assert written in events[-1].reasoning
 
 
 def test_thinking_that_repeats_itself_is_ended():
@@ -110,7 +125,7 @@ def test_what_stands_between_thinking_and_answer_is_the_templates():
     model = TalkModel(PLAIN + "{# </think>\\n\\n #}")
     model.tokenize = lambda text, **_: [50] if text == "\n\n" else TalkModel.tokenize(model, text)
     _, tokens = reply(ThinkingLimits(0), [WORD + 5, WORD], model=model)
-    assert tokens == [WORD + 5, *closing(), 50, WORD]
+    assert tokens == [*closing(), 50, WORD + 5, WORD]
 
 
 def test_a_model_without_the_marker_is_never_cut():

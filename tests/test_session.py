@@ -174,6 +174,20 @@ def test_an_ended_generation_can_be_saved_and_ends_again(model, prompt, tmp_path
     assert resumed(model, config(), tmp_path / "s") == plain[-1:]
 
 
+@pytest.mark.parametrize("policy", ["zoomr", "full"])
+def test_a_cancelled_generation_ends_again_too(model, prompt, tmp_path, policy):
+    engine = Engine(model, config(policy))
+    events = []
+    for event in engine.generate(prompt, WARM, 60):
+        events.append(told(event))
+        if tokens(events) == 20:
+            engine.cancel()
+    assert events[-1].reason == "cancelled"
+    engine.save(tmp_path / "s")
+    engine.close()
+    assert resumed(model, config(policy), tmp_path / "s") == events[-1:]
+
+
 def test_text_note_and_counts_can_be_read_off_a_session(model, prompt, tmp_path):
     engine = Engine(model, config())
     seen = ""

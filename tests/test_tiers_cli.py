@@ -10,7 +10,7 @@ import pytest
 from fake_engine import FakeEngine, opener
 
 from zoomr_cli.main import main
-from zoomr_local.errors import StorageError
+from zoomr_local.errors import StorageError, TierSizeError
 from zoomr_local.events import Finished
 from zoomr_local.journal import manifest_path
 
@@ -108,3 +108,10 @@ def test_a_folder_that_cannot_be_used_is_said_before_anything_runs(tmp_path, cap
     assert main(["solve", "in.jsonl", *SAME, "--kv-dir", "file/pages"]) == 1
     err = capsys.readouterr().err
     assert "pages cannot be written to" in err and "--kv-dir" in err and "Traceback" not in err and not Path("out.jsonl").exists()
+
+
+def test_a_problem_too_long_for_the_tiers_is_its_own_error_and_the_others_are_solved(engine):
+    engine.replies["ask 1"] = TierSizeError("up to 9 GiB of pages may go to /pages, where 1 GiB are free")
+    assert run("--retries", "2") == 3
+    assert [(r["id"], r.get("error", {}).get("type")) for r in records()] == [("p0", None), ("p1", "TierSizeError"), ("p2", None)]
+    assert "tries" not in records()[1], "another try would need as much"

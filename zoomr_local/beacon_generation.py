@@ -144,9 +144,8 @@ class BeaconGeneration(TokenGeneration):
             )
         self.dropped_beacons += beacons
 
-    def _sampled(self, waiting: int | None) -> list[int]:
-        written = (token for at, token in enumerate(super()._sampled(None)) if at % (self.every + 1) != self.every)
-        return [*written, *([] if waiting is None else [waiting])]
+    def _written(self) -> list[int]:
+        return [token for at, token in enumerate(super()._written()) if at % (self.every + 1) != self.every]
 
     def _stats(self) -> CacheStats:
         placed = self._written_tokens // (self.every + 1)

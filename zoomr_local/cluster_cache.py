@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import StorageError
+from .errors import TierSizeError
 from .heads_cache import HeadCache
 from .libllama.heads import HeadStore
 from .sizes import format_bytes
@@ -27,11 +27,11 @@ class HeadTier:
     def __init__(self, store: HeadStore, layers: list[int], length_tokens: int, limit_bytes: int) -> None:
         """Room for every head's ``length_tokens`` in ``layers``. The system gives memory as rows are written.
 
-        Raises StorageError, before anything is allocated, if that may become more than ``limit_bytes``.
+        Raises TierSizeError, before anything is allocated, if that may become more than ``limit_bytes``.
         """
         self.need_bytes = len(layers) * store.n_head_kv * length_tokens * store.cell_bytes
         if self.need_bytes > limit_bytes:
-            raise StorageError(
+            raise TierSizeError(
                 f"--kv-ram {format_bytes(limit_bytes)}: a text of {length_tokens} tokens may need {format_bytes(self.need_bytes)} of RAM for"
                 " what leaves the cells, and policy clusterkv has no disk tier; give --kv-ram that much, or a smaller -n"
             )
@@ -41,7 +41,7 @@ class HeadTier:
             self._rows = np.empty((*shape, store.cell_bytes), np.uint8)
             self._stored = np.zeros(shape, bool)
         except MemoryError:
-            raise StorageError(f"no memory for --kv-ram: {format_bytes(self.need_bytes)} are needed; lower -n") from None
+            raise TierSizeError(f"no memory for --kv-ram: {format_bytes(self.need_bytes)} are needed; lower -n") from None
         self.stored_bytes = 0
 
     def of(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +65,7 @@ class RecallCache(HeadCache):
         self.recalled_cells = 0
 
     def open_tier(self, layers: list[int], length_tokens: int) -> None:
-        """Raises StorageError if a text of ``length_tokens`` may need more than the store's limit."""
+        """Raises TierSizeError if a text of ``length_tokens`` may need more than the store's limit."""
         self.tier = HeadTier(self.heads, layers, length_tokens, self.store.limits.ram_bytes)
 
     def close_tier(self) -> None:

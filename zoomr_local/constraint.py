@@ -22,6 +22,7 @@ class Constraint:
         self._opens = markers.think_open
         self._may_think = self._opens is not None and not self._settled(model, prompt)
         self._held = 0
+        self._is_eog = model.llama.is_eog
 
     def _settled(self, model: Model, prompt: Sequence[int]) -> bool:
         """Whether the prompt opens thinking, or ends in thinking that it opened and closed itself."""
@@ -40,7 +41,7 @@ class Constraint:
         token = sampler.sample_within(context, self._grammar, free)
         if token in free:
             self._may_think = False
-        elif token is not None:
+        elif token is not None and not self._is_eog(token):  # what ends a reply is no part of it
             self._grammar.accept(token)
             self._held += 1
         return token

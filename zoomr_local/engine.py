@@ -249,14 +249,18 @@ class Engine:
         """A generation of at most ``n_tokens``, prompt included; ``full`` gets ``cells`` if they are given."""
         if self._stream is not None:
             self._stream.close()
-        if self.policy.unit == "all":
-            self._reserve(n_tokens, cells)
+        try:
+            if self.policy.unit == "all":
+                self._reserve(n_tokens, cells)
+            self._begin_store(n_tokens)
+        except BaseException:
+            self.forget()  # cells and pages may be gone already, so nobody may go on with what was in them
+            raise
         kinds = {
             "all": FullTurns, "block": BlockTurns, "token": TokenTurns, "beacon": BeaconGeneration,
             "head": partial(ClusterGeneration if self._recalls else HeadGeneration, self._heads),
         }  # fmt: skip
         kind = kinds[self.policy.unit]
-        self._begin_store(n_tokens)
         running = kind(self.model, self.context, self.store, self.policy, self.budget_tokens, self.config.on_full, self.summaries)
         running.tell_votes = self.tell_votes
         return running
@@ -299,7 +303,7 @@ class Engine:
         self._free_context()
 
     def _begin_store(self, n_tokens: int) -> None:
-        """Empty the tiers and size them for a generation of ``n_tokens``, prompt included. Raises StorageError."""
+        """Empty the tiers and size them for a generation of ``n_tokens``, prompt included. Raises TierSizeError."""
         if self.policy.unit != "block":
             return
         page_type = self.config.kv_page_type
@@ -346,6 +350,7 @@ class Engine:
     def _reserve(self, n_tokens: int, cells: int | None) -> None:
         if n_tokens > self._reserved_tokens or cells not in (None, self._reserved_tokens):
             self._free_context()
+            self._reserved_tokens = 0  # until there are cells again
             self.context = self._new_context(cells or n_tokens)
             self._reserved_tokens = cells or n_tokens
 

@@ -8,6 +8,7 @@ ZoomrError
         UnsupportedModel    the file is sound, but the method cannot serve its architecture (exit 1)
     EngineError         decoding failed (exit 1)
     StorageError        a tier of paged-out blocks cannot be made, or is full where that was to be an error (exit 1)
+        TierSizeError       what one text may need of a tier is more than there is; a shorter text may fit (exit 1)
     SessionError        a saved session is damaged or of another making, or cannot be written (exit 1)
 
 A message says what happened, with which numbers, and what to type next.
@@ -50,6 +51,10 @@ class EngineError(ZoomrError):
 
 class StorageError(ZoomrError):
     """RAM or disk for paged-out blocks that is not there: no room, no permission, or the limits that were set."""
+
+
+class TierSizeError(StorageError):
+    """A text that may need more of a tier than may be used or is free. Said before anything of it is decoded."""
 
 
 class SessionError(ZoomrError):

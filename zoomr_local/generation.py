@@ -140,6 +140,7 @@ class Generation(ABC):
             "refreshes": self.refreshes, "splits": self.splits, "agreements": self.agreements,
             "resident_sum": self._resident_sum, "steps": self._steps, "clock": self._clock.state(),
             "pending": [event.as_dict() for event in self._pending], "injections": dict(self.injections),
+            "cancelled": self._ended == "cancelled",
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -148,16 +149,24 @@ class Generation(ABC):
         self._begin(state["prompt"], sampling, state["max_tokens"])
         self.timeline.restore(state["timeline"])
         self.cache.restore(state["cache"])
-        self.reply.restore(state["reply"], self._sampled(state["reply"]["token"]))
+        self.reply.restore(state["reply"], self._sampled(state["reply"]))
         self.refreshes, self.splits, self.agreements = state["refreshes"], state["splits"], list(state["agreements"])
         self._resident_sum, self._steps = state["resident_sum"], state["steps"]
         self.injections = dict(state["injections"])
         self._clock.restore(state["clock"])
         self._pending = deque(event_from_dict(data) for data in state["pending"])
         self._ended = next((event.reason for event in self._pending if isinstance(event, Finished)), None)
+        self.cancelled = bool(state.get("cancelled"))  # not there before 2026-11-23
 
-    def _sampled(self, waiting: int | None) -> list[int]:
-        return [*self.timeline.tokens[len(self.prompt) :], *([] if waiting is None else [waiting])]
+    def _sampled(self, reply: dict[str, Any]) -> list[int]:
+        """The reply's tokens: those that were decoded, and the one that waits; none does where the model has ended the reply."""
+        written = self._written()
+        waits = sum(reply["counts"].values()) + reply["injected"] > len(written)
+        return [*written, *([reply["token"]] if waits else [])]
+
+    def _written(self) -> list[int]:
+        """The tokens of the reply that were decoded."""
+        return self.timeline.tokens[len(self.prompt) :]
 
     def _begin(self, prompt: list[int], sampling: SamplingParams, max_tokens: int) -> None:
         self.prompt, self.sampling, self.max_tokens = list(prompt), sampling, max_tokens

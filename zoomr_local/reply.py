@@ -93,8 +93,8 @@ class Reply:
         piece = self._llama.piece(token)
         fed = self.dialect.feed(token, piece, injected)
         self._count(fed)
-        if fed.role == "marker" or injected:  # ends what was held back: no stop string reaches over it
-            raw = piece.decode("utf-8", "replace") if injected else ""
+        if fed.role == "marker" or injected or forced:  # ends what was held back: no stop string reaches over it, nor into what the runtime writes
+            raw = piece.decode("utf-8", "replace") if injected or (forced and fed.role != "marker") else ""
             text = self._held() + raw
         else:
             raw = self._utf8.decode(piece)

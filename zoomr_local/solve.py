@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from .attempts import AttemptLog
 from .checkpoint import Checkpoint, Checkpoints
-from .errors import StorageError, UsageError
+from .errors import StorageError, TierSizeError, UsageError
 from .events import CacheStats, Event, Finished, Warned
 from .grading import Grade, Grader
 from .problems import SAMPLING_OPTIONS, Problem, read_problems
@@ -26,7 +26,7 @@ from .votes import elected
 
 __all__ = ["Listener", "Problem", "Solver", "Tally", "kv_record", "read_problems", "solve_all"]
 
-LASTING_ERRORS = ("UsageError", "BudgetError", "ModelError", "UnsupportedModel")
+LASTING_ERRORS = ("UsageError", "BudgetError", "ModelError", "UnsupportedModel", "TierSizeError")
 """Another reply would meet them again."""
 
 STOP_PASSED_OVER = "--stop is passed over: the problem's own schema says how its answer ends"
@@ -80,8 +80,8 @@ class Solver:
         """The record of one problem; None if it was given up because of ``stopping``.
 
         Whatever goes wrong inside one problem becomes its record, so that problem 3 of 500 cannot end a night's
-        run; the type and message are kept. With ``debug`` it is raised instead, and so is a StorageError: the next
-        problem would meet the same tiers.
+        run; the type and message are kept. With ``debug`` it is raised instead, and so is a StorageError, as the next
+        problem would meet the same tiers; not one by the problem's own length (TierSizeError).
         """
         if problem.refused is not None:
             return self._frame(problem, _failed("UnsupportedRequest", problem.refused), self.sampling.seed)
@@ -171,7 +171,7 @@ class Solver:
                 return None
             result = self._result(done, problem.answer, sampling.grammar is not None)
         except Exception as error:
-            if self.debug or isinstance(error, StorageError):
+            if self.debug or (isinstance(error, StorageError) and not isinstance(error, TierSizeError)):
                 raise
             return {**_failed(type(error).__name__, str(error)), "seconds": round(time.monotonic() - began, 3)}
         if warnings:

@@ -139,19 +139,26 @@ class Turns(Generation):
         return llama.tokenize(text, add_special=False, parse_special=False)
 
     def _sample(self) -> Iterator[Event]:
+        if self.limits is not None and self.limits.budget_tokens == 0 and self.reply.token is None:
+            yield from self._answers_now(self._why_to_answer())  # the prompt has opened thinking, and not one token of it is to be written
         yield from super()._sample()
+        ended = self.reply.stopped
         reason = self._why_to_answer()
+        yield from self._answers_now(reason)
+        if reason is not None and ended:
+            yield from super()._sample()
+
+    def _answers_now(self, reason: str | None) -> Iterator[Event]:
+        """Have the tokens follow that end thinking, if there is a reason to."""
         if reason is None:
             return
-        reply, ended = self.reply, self.reply.stopped
+        reply = self.reply
         message = self.model.llama.tokenize(CLOSING, add_special=False, parse_special=False)
         if len(message) > (self.max_tokens - reply.completion_tokens) // LEAST_CLOSING_SHARE:
             message = []
         reply.force(hand_over(reply.dialect.markers, reply.role, message, self._after(), reply.dialect.header))
         self.thinking_cut = reason
         yield ThinkingCut(len(self.timeline), reason, reply.reasoning_tokens)
-        if ended:
-            yield from super()._sample()
 
     def _why_to_answer(self) -> str | None:
         reply = self.reply
@@ -166,7 +173,8 @@ class Turns(Generation):
         if self.limits is None:
             return None
         first = max(len(self.prompt), len(self.timeline) - REPEATS * MOST_PERIOD)
-        return self.limits.reason(reply.reasoning_tokens, [*self.timeline.tokens[first:], reply.token])
+        newest = [] if reply.token is None else [reply.token]
+        return self.limits.reason(reply.reasoning_tokens, [*self.timeline.tokens[first:], *newest])
 
     def _finish(self, reason: str) -> Finished:
         return replace(super()._finish(reason), thinking_cut=self.thinking_cut)

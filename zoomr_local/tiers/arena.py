@@ -6,7 +6,7 @@ from typing import Callable
 
 import numpy as np
 
-from ..errors import StorageError
+from ..errors import TierSizeError
 from ..sizes import format_bytes
 from .allocator import FreeList, aligned
 from .entry import Entry
@@ -24,13 +24,13 @@ class Arena:
         self._space = FreeList(0)
 
     def begin(self, n_bytes: int) -> None:
-        """Forget all pages and use ``n_bytes``; memory that is there already is kept. Raises StorageError."""
+        """Forget all pages and use ``n_bytes``; memory that is there already is kept. Raises TierSizeError."""
         if len(self._memory) < n_bytes:
             self._memory = np.empty(0, np.uint8)
             try:
                 self._memory = np.empty(n_bytes, np.uint8)
             except MemoryError:
-                raise StorageError(f"no memory for --kv-ram: {format_bytes(n_bytes)} are needed; lower it") from None
+                raise TierSizeError(f"no memory for --kv-ram: {format_bytes(n_bytes)} are needed; lower it") from None
             self._memory[::PAGE_OF_MEMORY_BYTES] = 0  # fresh memory costs milliseconds to touch: now, not in mid-thought
         self.pages = {}
         self._space = FreeList(n_bytes)

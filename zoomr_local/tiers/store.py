@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from ..errors import StorageError
+from ..errors import TierSizeError
 from ..sizes import format_bytes
 from .allocator import aligned
 from .codec import RawPages
@@ -52,7 +52,7 @@ class PageStore(Moves):
         """Forget every page and size the tiers for a generation that can never store more than ``need_bytes``.
 
         The arena is allocated and touched here: of what is needed, not more than the limit. ``codec`` is a
-        RawPages or PackedPages; ``fingerprint`` (16 bytes) names model and geometry. Raises StorageError if the
+        RawPages or PackedPages; ``fingerprint`` (16 bytes) names model and geometry. Raises TierSizeError if the
         disk could not hold what may go there, or if there is no memory for the arena.
         """
         self.clear()
@@ -61,7 +61,7 @@ class PageStore(Moves):
             base = self.limits.directory or default_base()
             free = free_bytes(base)
             if free < disk:
-                raise StorageError(
+                raise TierSizeError(
                     f"up to {format_bytes(disk)} of pages may go to {base}, where {format_bytes(free)} are free; lower"
                     f" --kv-disk (now {format_bytes(self.limits.disk_bytes)}), or name another directory with --kv-dir"
                 )
