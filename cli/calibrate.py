@@ -35,6 +35,8 @@ def calibrate(
     from zoomr_local import calibrations
     from zoomr_local.model import Model
 
+    if output is not None:
+        calibrations.check_target(output)
     path = options.model_path(model)
     opened = Model.open(path, n_gpu_layers=n_gpu_layers)
     try:

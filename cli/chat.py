@@ -127,10 +127,12 @@ def chat(
         raise UsageError("--json is for a single question: zoomr chat --json QUESTION, or give it on stdin")
     if interactive and not sys.stdout.isatty():
         raise UsageError("a chat needs a terminal on stdout; to write an answer to a file: zoomr chat QUESTION, or give it on stdin")
-    held = store.holds(session or LAST)
+    held = (interactive or session or continue_) and store.holds(session or LAST)
     if continue_ and not held:
         raise UsageError(f"no conversation is saved in {store.path(session or LAST)}; leave out --continue")
-    if session and save and held and not continue_:
+    if session and not save and not continue_:
+        raise UsageError(f"--session {session} saves the conversation and --no-save does not; leave one of them out")
+    if session and held and not continue_:
         raise UsageError(f"--session {session} holds a conversation; go on with it by --continue, or choose another name")
     editor = _editor(store, save) if interactive else None
     asked = b"" if interactive else _asked(question)
@@ -166,6 +168,8 @@ def chat(
         loop.models, loop.asked = models, bool(session or continue_)
         if continue_:
             loop.load(session or LAST, loop.screen.note)
+            if not save:
+                loop.screen.note("what is said now is not kept (--no-save)")
             if system is not None:
                 talk.set_system(system)
         if editor is None:

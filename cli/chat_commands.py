@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from zoomr_local.errors import SessionError, UsageError
+from zoomr_local.files import write_new
 from zoomr_local.thinking import budget_of
 
 from . import chat_view
@@ -123,8 +125,10 @@ class Commands(CacheCommands):
         self._say(f"system: {self.chat.talk.system or '(none)'}")
 
     def do_read(self, rest: str) -> str:
-        """/read FILE [QUESTION]: send a text file, with a question behind it."""
-        name, _, question = rest.partition(" ")
+        """/read FILE [QUESTION]: send a text file, with a question behind it; FILE may have spaces."""
+        words = rest.split(" ")
+        most = next((n for n in range(len(words), 1, -1) if os.path.isfile(user_path(" ".join(words[:n])))), 1)
+        name, question = " ".join(words[:most]), " ".join(words[most:])
         if not name:
             raise UsageError("/read FILE [QUESTION]")
         try:
@@ -174,8 +178,7 @@ class Commands(CacheCommands):
             parts += [f"**You**\n\n{turn.user}\n\n**{self.chat.model_name}**\n\n{turn.answer.strip()}\n" for turn in talk.turns]
             text = "\n".join(parts)
         try:
-            with user_path(rest).open("x", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+            write_new(user_path(rest), text)
         except OSError as error:
             raise UsageError(f"cannot write {rest}: {error.strerror}") from None
         self._say(f"written: {rest}")

@@ -6,6 +6,7 @@ turn is said, and the chat goes on.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -118,8 +119,10 @@ class ChatLoop:
                 if self.may_lose("Ctrl-D or /exit once more leaves"):
                     return
                 continue
-            except ZoomrError as error:
-                self.screen.say(f"error: {error}")
+            except BrokenPipeError:
+                raise
+            except (ZoomrError, OSError) as error:
+                self.screen.say(f"error: {_said(error)}")
             except KeyboardInterrupt:
                 self.screen.say("interrupted")
             if self._warned == warned:
@@ -150,7 +153,7 @@ class ChatLoop:
             return self._reply(start, terminal)
 
     def _reply(self, start: Callable[[], Iterator[Event]], terminal: bool) -> Finished | None:
-        view = ReplyView(self.screen, self.budget_tokens, self.thinking)
+        view = ReplyView(self.screen, self.budget_tokens, self.thinking, keys=terminal)
         self.last, before = None, [*self.talk.turns]
         if self.recorder is not None:
             self.recorder.turn()
@@ -190,8 +193,8 @@ class ChatLoop:
             raise UsageError("this chat cannot change its model")
         try:
             tokens = self.models.change(name, self.talk.change_model, self.screen.say)
-        except ZoomrError as error:
-            raise ZoomrError(f"{error}; {self.model_name} stays") from None
+        except (ZoomrError, OSError) as error:
+            raise ZoomrError(f"{_said(error)}; {self.model_name} stays") from None
         self.last = self._recorded = None
         say(self.engine, self.screen.quiet)
         budget = "" if self.budget_tokens is None else f", {self.budget_tokens:,} cells"
@@ -324,6 +327,13 @@ def _stoppable(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _said(error: Exception) -> str:
+    """What an error says; of the system's with the file that it is about."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def default_name(session: str | None, save: bool, goes_on: bool) -> str | None:

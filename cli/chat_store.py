@@ -38,7 +38,13 @@ class ChatStore:
     """Saved conversations below ``base``. Everything in it is readable by its owner only."""
 
     def __init__(self, base: Path | None = None) -> None:
-        self.base = base or state_folder()
+        self._base = base
+
+    @property
+    def base(self) -> Path:
+        """The folder, made by nobody yet. Raises UsageError if none was named and the user has no home folder."""
+        self._base = self._base or state_folder()
+        return self._base
 
     def path(self, name: str) -> Path:
         """The directory of the conversation ``name``; a name with a slash is a path. Raises UsageError."""
@@ -50,7 +56,7 @@ class ChatStore:
 
     def holds(self, name: str) -> bool:
         """Whether a conversation is saved under ``name``. Raises UsageError."""
-        return (self.path(name) / "session.json").exists()
+        return os.path.exists(self.path(name) / "session.json")
 
     def version(self, place: Path) -> tuple[int, int] | None:
         """What changes with every save in ``place``; None if nothing is saved there."""

@@ -123,10 +123,11 @@ class Screen:
 
 
 class ReplyView:
-    """Draws the events of one turn. ``thinking`` is FOLD, SHOW or HIDE."""
+    """Draws the events of one turn. ``thinking`` is FOLD, SHOW or HIDE; ``keys``: somebody listens for Ctrl-T."""
 
-    def __init__(self, screen: Screen, budget_tokens: int | None, thinking: str = FOLD) -> None:
+    def __init__(self, screen: Screen, budget_tokens: int | None, thinking: str = FOLD, keys: bool = True) -> None:
         self.screen, self.budget_tokens, self.thinking = screen, budget_tokens, thinking
+        self._hint = " · Ctrl-T answers now" if keys else ""
         self._thought_tokens = self._blocks = self._zooms = self._paged_bytes = self._resident = 0
         self._began = time.monotonic()
         self._in_thought = self._answered = self._read = False
@@ -177,7 +178,7 @@ class ReplyView:
         if self.thinking == SHOW and (event.text or event.role == "marker"):
             self._show(event)
         elif self.thinking != HIDE:
-            self.screen.status(f"thinking {self._facts()} · Ctrl-T answers now", force=first)
+            self.screen.status(f"thinking {self._facts()}{self._hint}", force=first)
 
     def _answer(self, told: str) -> None:
         self._told.append(told)

@@ -104,7 +104,7 @@ def show(name: Name, as_json: options.Json = False) -> None:
     from zoomr_local.errors import ModelError
     from zoomr_local.hub_names import parse
 
-    reference = None if name in options.bundled_models() or Path(os.path.expanduser(name)).exists() else parse(name)
+    reference = None if name in options.bundled_models() or os.path.exists(os.path.expanduser(name)) else parse(name)
     if reference is not None and hub_cache.find(reference) is None:
         raise ModelError(f"{reference} is not in the cache; `zoomr models pull --list {reference.repo}` says what there is, `zoomr models pull {reference}` fetches it")
     path = trial.check(hub.resolve(name, options.bundled_models(), options.tell))
@@ -136,9 +136,12 @@ def rm(
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"removing {size} asks first, and nobody is at the terminal; add --yes")
-        typer.confirm(f"remove {size} from {hub_cache.cache_dir()}?", abort=True, err=True)
+        if not typer.confirm(f"remove {size} from {hub_cache.cache_dir()}?", err=True):
+            options.tell("nothing was removed")
+            chosen = []
     freed = sum(hub_cache.remove(cached) for cached in chosen)
-    options.tell(f"{format_bytes(freed)} are free")
+    if chosen:
+        options.tell(f"{format_bytes(freed)} are free")
     if as_json:
         print(json.dumps({"removed": [str(c.reference) for c in chosen], "freed_bytes": freed}))
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from zoomr_local.errors import UsageError
+from zoomr_local.files import write_new
 from zoomr_local.sizes import counted
 
 
@@ -41,8 +42,9 @@ def problems(
         sys.stdout.flush()
         return
     try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(lines)
+        write_new(output, lines)
     except FileExistsError as error:
         raise UsageError(f"{output} exists; remove it or choose another file with -o") from error
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}; choose another file with -o") from None
     print(f"{counted(len(drawn), 'problem')} in {output}; next: zoomr solve {output}", file=sys.stderr)

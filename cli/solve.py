@@ -141,7 +141,7 @@ def solve(
     _refuse_same_file(file, Path(target))
     from zoomr_local.journal import Journal
 
-    with Journal.open(Path(target), replies.line_form()) as journal:
+    with Journal.open(Path(target), replies.line_form(), overwrite) as journal:
         return job.run(journal, overwrite, retry_failed)
 
 
@@ -185,5 +185,5 @@ def _default_output(file: str, policy: str) -> str:
 
 
 def _refuse_same_file(file: str, target: Path) -> None:
-    if file != STDIO and target.exists() and os.path.samefile(file, target):
+    if file != STDIO and os.path.exists(target) and os.path.samefile(file, target):
         raise UsageError(f"the output {target} is the input; name another file with -o")

@@ -6,6 +6,7 @@ No weights are loaded, nothing is fetched and nothing is written. `solve.py` cal
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def model_path(given: Path | None, quiet: bool) -> Path:
     from zoomr_local import hub_cache
     from zoomr_local.hub_names import parse
 
-    if given is None or Path(given).expanduser().exists() or str(given) in options.bundled_models():
+    if given is None or os.path.exists(os.path.expanduser(given)) or str(given) in options.bundled_models():
         return options.model_path(given)
     reference = parse(str(given))
     if reference is not None and hub_cache.find(reference) is None:
@@ -93,10 +94,14 @@ def _done(job: Job, target: Path | None, overwrite: bool, retry_failed: bool) ->
     from zoomr_local.journal import Journal
     from zoomr_local.tally import Tally
 
-    if target is None or overwrite or not target.exists():
+    if target is None:
         return 0
-    with Journal.open(target, job.replies.line_form()) as journal:
-        return len(job.problems) - len(job.left(journal, Tally(), retry_failed))
+    if not os.path.exists(target):
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write {target}: {target.parent} is no folder that this user may write to; choose another output with -o")
+        return 0
+    with Journal.open(target, job.replies.line_form(), overwrite) as journal:
+        return 0 if overwrite else len(job.problems) - len(job.left(journal, Tally(), retry_failed))
 
 
 def _fits(job: Job, model: Any, counts: Sequence[int], longest: Sequence[int]) -> dict[str, Any]:

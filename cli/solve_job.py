@@ -175,20 +175,21 @@ class Job:
         """The problems without a record; counts those with one. Raises UsageError if they were made with other settings, or one asked
         differently."""
         from zoomr_local.journal import record_key
-        from zoomr_local.tally import has_failed
+        from zoomr_local.tally import has_failed, readable
 
         manifest = manifest or self._manifest()
         journal.check(manifest)
-        done = {str(r["id"]): r for r in journal.records if not (retry_failed and has_failed(r))}
         left, changed = [], []
-        for problem in self.problems:
-            record = done.pop(str(problem.id), None)
-            if record is None:
-                left.append(problem)
-            elif record["key"] != record_key(problem.asked(), manifest):
-                changed.append(f"{problem.id} (line {problem.line})")
-            else:
-                tally.add(record)
+        with readable(journal.path):
+            done = {str(r["id"]): r for r in journal.records if not (retry_failed and has_failed(r))}
+            for problem in self.problems:
+                record = done.pop(str(problem.id), None)
+                if record is None:
+                    left.append(problem)
+                elif record["key"] != record_key(problem.asked(), manifest):
+                    changed.append(f"{problem.id} (line {problem.line})")
+                else:
+                    tally.add(record)
         if changed:
             raise UsageError(
                 f"{journal.path} has records of {counted(len(changed), 'problem')} whose prompt or answer has changed since:"

@@ -69,6 +69,6 @@ def refuse_same_file(trace: Path | None, *others: str | Path | None) -> None:
     for other in others:
         if trace is None or other is None or str(other) == "-":
             continue
-        there = trace.exists() and Path(other).exists() and os.path.samefile(trace, other)
+        there = os.path.exists(trace) and os.path.exists(other) and os.path.samefile(trace, other)
         if there or trace.absolute() == Path(other).absolute():
             raise UsageError(f"--trace {trace} is the command's {other} too; name another file")

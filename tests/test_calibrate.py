@@ -30,6 +30,29 @@ def of(path, **more):
     return Calibration(**{**FOUND.__dict__, "model": calibrations.fingerprint(path), **more})
 
 
+@pytest.mark.parametrize("name, content", [("mine.gguf", None), ("notes.json", b'{"mine": 1}'), ("notes.json", b"[1]"), ("none/x.json", None)])
+def test_no_file_but_a_calibration_is_written_over_and_that_is_said_first(copy, tmp_path, capsys, monkeypatch, name, content):
+    target = tmp_path / "models" / name
+    if content is not None:
+        target.write_bytes(content)
+    before = target.read_bytes() if target.exists() else None
+    monkeypatch.setattr(calibrate, "calibrate", None)
+    assert main(["calibrate", "-m", str(copy), "-o", str(target)]) == 2
+    assert "name another file with -o" in capsys.readouterr().err
+    assert (target.read_bytes() if target.exists() else None) == before
+
+
+def test_an_older_calibration_is_replaced_whole_or_stays(copy, tmp_path, monkeypatch):
+    target = tmp_path / "models" / "mine.calibration.json"
+    calibrations.write(of(copy), copy, target)
+    calibrations.check_target(target)
+    before = target.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="No space left"):
+        calibrations.write(of(copy, prompts=9), copy, target)
+    assert target.read_bytes() == before and [p.name for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
 def test_the_demand_is_the_slow_references(model, prompt, monkeypatch):
     rows = {}
     weights = HeadStore.weights

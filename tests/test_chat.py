@@ -66,6 +66,39 @@ def test_ctrl_c_stops_the_reply_and_keeps_it(chat, monkeypatch, foreground):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_what_the_system_refuses_is_said_and_ends_no_chat(chat, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "/locked/x")
+
+    chat.loop.models = type("Models", (), {"change": refused, "recorder": None})()
+    monkeypatch.setattr(Commands, "do_save", refused)
+    text = chat.type("hello", "/save ./locked/x", "/model ./locked/x.gguf", "again")
+    assert text.count("error: /locked/x: Permission denied") == 2 and "Permission denied; " in text and "stays" in text
+    assert [turn.user for turn in chat.loop.talk.turns] == ["hello", "again"]
+
+
+def test_a_file_whose_name_has_spaces_can_be_read_with_a_question(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my file.txt").write_text("w77")
+    chat.type("/read my file.txt what is it")
+    assert chat.loop.talk.turns[0].user == "w77\n\nwhat is it"
+    assert "cannot read my: No such file" in chat.type("/read my fil.txt")
+
+
+def test_an_export_that_the_disk_has_no_room_for_leaves_no_file(chat, tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    chat.type("hello")
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", **more: opened(path, mode, **more) if mode != "x" else full(path))
+
+    def full(path):
+        path.touch()
+        return open("/dev/full", "w")
+
+    assert "No space left on device" in chat.type(f"/export {tmp_path / 'e.md'}") and not (tmp_path / "e.md").exists()
+
+
 def test_ctrl_c_at_the_prompt_says_how_to_leave_and_an_error_does_not_end_the_chat(chat):
     text = chat.type(KeyboardInterrupt(), "/nothing", "hello")
     assert "Ctrl-D or /exit leaves" in text and "error: there is no command /nothing" in text and ANSWER in text

@@ -14,7 +14,9 @@ from chats import ANSWER, REPLY, Terminal
 from scripted import ScriptedSampler
 from talk import UNTHINK, talking
 
+from zoomr_cli.chat_view import ReplyView, Screen
 from zoomr_cli.main import main
+from zoomr_local.events import TokenDecoded
 
 @pytest.fixture
 def piped(monkeypatch, tmp_path):
@@ -160,8 +162,15 @@ def test_no_home_folder_is_said(monkeypatch, capsys):
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    assert main(["chat", "--no-save"]) == 2
+    assert main(["chat", "--continue"]) == 2
     assert "set HOME, or XDG_STATE_HOME" in capsys.readouterr().err
+
+
+def test_a_question_whose_answer_is_not_kept_needs_no_home_folder(piped, monkeypatch, capsys):
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert piped("hello") == 0 and capsys.readouterr().out.strip() == ANSWER.strip()
 
 
 def test_a_name_that_holds_a_conversation_is_gone_on_with_or_refused(piped, capsys, tmp_path):
@@ -170,7 +179,30 @@ def test_a_name_that_holds_a_conversation_is_gone_on_with_or_refused(piped, caps
     (place / "session.json").write_text("kept")
     assert main(["chat", "--session", f"{place}/"]) == 2
     assert "go on with it by --continue" in capsys.readouterr().err and (place / "session.json").read_text() == "kept"
-    assert piped("hello", "--session", f"{place}/") == 0, "with --no-save nothing is replaced"
+
+
+def test_a_name_that_nothing_would_be_saved_under_is_refused(piped, capsys, tmp_path, monkeypatch):
+    assert piped("hello", "--session", "work", "--no-save") == 2
+    assert "--session work saves the conversation and --no-save does not" in capsys.readouterr().err
+
+
+def test_going_on_without_keeping_is_said(piped, capsys):
+    assert piped("hello", "--session", "work", "--save") == 0 and piped("again", "--session", "work", "--continue") == 0
+    assert "what is said now is not kept (--no-save)" in capsys.readouterr().err
+
+
+def test_nobody_is_told_of_keys_that_nobody_listens_for():
+    class Live(Screen):
+        said: list = []
+
+        def status(self, text, force=False):
+            self.said.append(text)
+
+    for keys in (True, False):
+        Live.said.clear()
+        view = ReplyView(Live(out=Terminal(), err=Terminal()), 192, keys=keys)
+        view.feed(TokenDecoded(9, 12, " w12", "thought", 9))
+        assert ("Ctrl-T" in Live.said[0]) is keys
 
 
 def test_a_terminal_and_json_exclude_each_other(monkeypatch, capsys):

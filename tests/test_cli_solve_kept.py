@@ -146,3 +146,37 @@ def test_a_checkpoint_of_a_problem_behind_the_limit_is_this_runs(engine, monkeyp
     assert run(*command, "--limit", "1", *more) == 0
     said = "--overwrite starts its problem again" if more else "nothing was saved in it yet"
     assert f"{last}: {said}; it is thrown away" in capsys.readouterr().err and not last.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda lines: ["no record", *lines[1:]], lambda lines: [lines[0], "", *lines[1:]]])
+def test_a_damaged_output_can_be_started_again_as_its_message_says(engine, capsys, damage):
+    assert run("in.jsonl", "-o", "out.jsonl") == 0
+    lines = Path("out.jsonl").read_text().splitlines()
+    Path("out.jsonl").write_text("\n".join(damage(lines)) + "\n")
+    assert run("in.jsonl", "-o", "out.jsonl") == 2 and "start again with --overwrite" in capsys.readouterr().err
+    assert run("in.jsonl", "-o", "out.jsonl", "--overwrite") == 0 and records() == ["p0", "p1", "p2"]
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(engine, capsys):
+    Path("out.jsonl").write_text("precious\nlines\n")
+    assert run("in.jsonl", "-o", "out.jsonl", "--overwrite") == 2
+    assert "remove it: rm out.jsonl" in capsys.readouterr().err and Path("out.jsonl").read_text() == "precious\nlines\n"
+
+
+@pytest.mark.parametrize("lacks", ["key", "finish_reason", "kv", "usage"])
+def test_an_output_that_somebody_edited_is_said_in_a_line(engine, capsys, lacks):
+    assert run("in.jsonl", "-o", "out.jsonl") == 0
+    kept = [{name: value for name, value in json.loads(line).items() if name != lacks} for line in Path("out.jsonl").read_text().splitlines()]
+    Path("out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    for more in ((), ("--retry-failed",)):
+        assert run("in.jsonl", "-o", "out.jsonl", *more) == 2
+        err = capsys.readouterr().err
+        assert f"has a record without '{lacks}'" in err and "--overwrite" in err and "Traceback" not in err
+
+
+def test_a_manifest_that_somebody_edited_is_said_in_a_line(engine, capsys):
+    assert run("in.jsonl", "-o", "out.jsonl") == 0
+    path = Path("out.jsonl.manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": None}))
+    assert run("in.jsonl", "-o", "out.jsonl") == 2
+    assert "is not a manifest of zoomr solve" in capsys.readouterr().err

@@ -304,12 +304,18 @@ def test_a_dry_run_in_words(here, bundled, capsys):
         (["none.csv"], "cannot read none.csv"),
         (["in.csv", "--schema", "s.json"], "simplify the schema"),
         (["in.csv", "--kv-budget", "5"], "--kv-budget 5"),
+        (["in.csv", "-o", "none/out.jsonl"], "cannot write none/out.jsonl"),
     ],
 )
 def test_a_dry_run_ends_in_2_with_what_is_wrong(here, bundled, capsys, arguments, complaint):
     Path("s.json").write_text('{"anyOf": [{"$ref": "#"}, {"type": "null"}]}')
     assert run(*arguments, "--dry-run") == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_model_in_a_home_that_is_not_known_is_a_line(here, bundled, capsys):
+    assert run("in.csv", "-m", "~no-such-user/x.gguf", "--dry-run") == 1
+    assert "no model file at ~no-such-user/x.gguf" in capsys.readouterr().err
 
 
 def test_a_dry_run_looks_at_the_output_too(here, bundled, capsys, monkeypatch):

@@ -196,6 +196,19 @@ def test_the_users_folder(home, monkeypatch, tmp_path):
     assert config.load().settings == ()
 
 
+def test_a_parent_that_may_not_be_entered_has_no_project(home, monkeypatch):
+    """Root may enter every folder, so the system's answer is played."""
+    stat = os.stat
+
+    def denied(path, *more, **options):
+        if str(path).endswith(".git"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert config.project_folders(Path("/srv/data"), None) == [Path("/srv/data")]
+
+
 def test_a_removed_current_directory_has_no_project(home, monkeypatch):
     (home / "gone").mkdir()
     monkeypatch.chdir(home / "gone")

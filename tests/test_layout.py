@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "zoomr_local"
 
 FLOORS = (
-    ("child_process", "clock", "config", "config_lines", "errors", "events", "folders", "gguf_file", "grading", "hub_names", "machine", "sizes"),
+    ("child_process", "clock", "config", "config_lines", "errors", "events", "files", "folders", "gguf_file", "grading", "hub_names", "machine", "sizes"),
     ("libllama", "tiers", "timeline", "session_files", "journal", "hub", "hub_cache", "trace_file", "trace_held", "trace_view"),
     ("policies", "dialects", "sampling", "schema", "thinking", "block_index", "kv_cache", "heads_cache", "cluster_cache", "calibrations", "chat_template", "model", "plan", "fit", "planner", "trial", "model_facts"),
     ("constraint", "reply", "generation", "session", "block_generation", "held_blocks", "turns", "beacon_generation", "heads_generation", "cluster_generation", "heads_setup", "engine_config", "engine"),

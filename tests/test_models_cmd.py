@@ -12,7 +12,7 @@ import typer
 from hub_case import server  # noqa: F401  a fixture
 
 from zoomr_cli.main import main
-from zoomr_local import hub_cache
+from zoomr_local import hub_cache, hub_names
 from zoomr_models import BUNDLED, bundled_model_path
 
 sys.path.append(str(Path(__file__).resolve().parent / "native"))
@@ -176,3 +176,11 @@ def test_every_field_is_documented(hub, capsys):
     assert not {field for field in fields if f"`{field}`" not in page}
 
 
+
+
+def test_no_is_an_answer_and_no_interruption(hub, capsys, monkeypatch):
+    run(capsys, "pull", "user/tiny")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: False)
+    out, err = run(capsys, "rm", "user/tiny")
+    assert "nothing was removed" in err and hub_cache.find(hub_names.parse("user/tiny")) is not None

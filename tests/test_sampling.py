@@ -7,7 +7,8 @@ from zoomr_local.sampling import SamplingParams, StopScanner
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.1), dict(min_p=1), dict(top_k=-1),
-                                 dict(repeat_penalty=0), dict(seed=-1), dict(stop=("",))])
+                                 dict(repeat_penalty=0), dict(seed=-1), dict(stop=("",)), dict(temperature=float("inf")),
+                                 dict(temperature=float("nan")), dict(repeat_penalty=float("inf"))])
 def test_a_value_out_of_range_names_its_flag(bad):
     with pytest.raises(UsageError, match="--"):
         SamplingParams(**bad)

@@ -6,14 +6,17 @@ model file, whatever its name.
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError, UsageError
+from .files import write_atomically
 from .folders import user_folder
 from .journal import model_fingerprint
-from .policies.heads.calibration import Calibration, from_json, to_json
+from .policies.heads.calibration import FORMAT, Calibration, from_json, to_json
 
 SUFFIX = ".calibration.json"
 
@@ -58,17 +61,31 @@ def find(model: Path) -> Calibration:
     raise UsageError(f"--policy reasonalloc needs to know how many tokens each layer of {model.name} attends to, once: {command}")
 
 
+def check_target(target: Path) -> None:
+    """Raise UsageError if no calibration can or should be written to ``target``: before minutes are spent on one."""
+    if not os.path.isdir(target.parent) or not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{target} cannot be written: {target.parent} is no folder that this user may write to; name another file with -o")
+    try:
+        held = json.loads(target.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        held = None
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise UsageError(f"{target} is there, and is no calibration; remove it or name another file with -o")
+
+
 def write(calibration: Calibration, model: Path, target: Path | None) -> Path:
     """Write ``calibration`` to ``target``, or to the first of `places` that can be written; which that was.
 
-    Raises UsageError, with the reason, if none can be.
+    An older one is whole until the new one is. Raises UsageError, with the reason, if none can be.
     """
     failed = []
     for path in [target] if target else places(model):
         try:
             if target is None and path != model.with_name(path.name):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(to_json(calibration), encoding="utf-8")
+            write_atomically(path, to_json(calibration).encode())
             return path
         except OSError as error:
             failed.append(f"{path}: {error.strerror or error}")

@@ -203,7 +203,7 @@ def project_folders(start: Path, home: Path | None) -> list[Path]:
         if folder == home:
             return folders or [start]
         folders.append(folder)
-        if (folder / ".git").exists():
+        if os.path.exists(folder / ".git"):  # a parent that may not be entered has none for us
             return folders
     return [start]
 
@@ -230,9 +230,9 @@ def _user_source(environment: Mapping[str, str], must: bool = True) -> Source | 
     given = environment.get(VARIABLE, "")
     if given:
         path = Path(os.path.expanduser(given)).absolute()
-        if must and not path.exists():
+        if must and not os.path.exists(path):
             raise UsageError(f"{VARIABLE}: there is no file {given}")
-        return Source(USER, path, path.exists())
+        return Source(USER, path, os.path.exists(path))
     folder = user_folder("config")
     return None if folder is None else Source(USER, folder / USER_NAME, os.path.lexists(folder / USER_NAME))
 

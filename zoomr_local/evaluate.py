@@ -29,6 +29,7 @@ from .policies.heads import CLUSTER_CHOICES
 from .sampling import SamplingParams
 from .sizes import counted
 from .solve import Listener, Problem, Solver, Tally, read_problems, solve_all
+from .tally import readable
 from .workers import solve_side_by_side
 
 if TYPE_CHECKING:
@@ -259,12 +260,12 @@ def evaluate(
     except OSError as error:
         raise UsageError(f"cannot make the folder {run.folder}: {error.strerror}; choose another with -o") from error
     for cell in run.cells:
-        with _open(run, cell) as journal:
+        with _open(run, cell, overwrite) as journal:
             if not overwrite:
                 _sort_out(run, cell, journal)
     found = {}
     for number, cell in enumerate(run.cells):
-        with _open(run, cell) as journal:
+        with _open(run, cell, overwrite) as journal:
             if not _run_cell(run, number, cell, journal, watch, overwrite, retry_failed):
                 return None
             done = {str(record["id"]): record for record in journal.records}
@@ -272,8 +273,8 @@ def evaluate(
     return found
 
 
-def _open(run: Run, cell: Cell) -> Journal:
-    return Journal.open(run.folder / cell.file_name)
+def _open(run: Run, cell: Cell, overwrite: bool) -> Journal:
+    return Journal.open(run.folder / cell.file_name, overwrite=overwrite)
 
 
 def _run_cell(
@@ -284,8 +285,9 @@ def _run_cell(
     tally, left = Tally(), run.suite.problems[cell.family]
     if not overwrite:
         done, left = _sort_out(run, cell, journal, retry_failed)
-        for record in done:
-            tally.add(record)
+        with readable(journal.path):
+            for record in done:
+                tally.add(record)
     if not left:
         return True
     opened = partial(

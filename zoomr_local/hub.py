@@ -55,7 +55,11 @@ def resolve(text: str, bundled: Mapping[str, Path], say: Say) -> Path:
     if text in bundled and not Path(text).is_file():
         return bundled[text]
     path = Path(os.path.expanduser(text))  # which leaves a user who is not known as it is
-    if path.exists():
+    try:
+        here = path.exists()
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}; give a .gguf file with -m") from None
+    if here:
         return checked_path(path)
     reference = parse(text)
     if reference is None:

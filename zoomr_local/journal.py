@@ -17,13 +17,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .files import write_atomically
 from .sizes import counted
 
 _EDGE_BYTES = 1 << 20  # of a model file that are hashed at each end: enough to tell two quantisations apart
@@ -113,17 +113,18 @@ class Journal:
         self._unused = False
 
     @classmethod
-    def open(cls, path: Path, form: LineForm = LineForm()) -> Journal:
-        """Lock ``path`` (made if absent) and read its records.
+    def open(cls, path: Path, form: LineForm = LineForm(), overwrite: bool = False) -> Journal:
+        """Lock ``path`` (made if absent) and read its records; those that will be overwritten are read only to tell a stranger's file.
 
         Raises UsageError if another process holds it or if a line before the last is not a record.
         """
-        made = not path.exists()
+        made = not os.path.exists(path)
         file = _open_locked(path)
         try:
             with os.fdopen(os.dup(file), "rb") as reader:
                 data = reader.read()
-            records, whole = _read_records(path, data, form)
+            ours = overwrite and manifest_path(path).is_file()
+            records, whole = ([], 0) if ours else _read_records(path, data, form, overwrite)
         except BaseException:
             os.close(file)
             raise
@@ -160,7 +161,7 @@ class Journal:
         self.check(manifest)
         self._unused = False
         os.ftruncate(self._file, self._whole_bytes)
-        _write_atomically(self.manifest_path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(self.manifest_path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
         kept = [r for r in self.records if keep is None or keep(r)]
         if len(kept) != len(self.records):
             self._replace(kept)
@@ -197,7 +198,7 @@ class Journal:
             _lock(file)
             held.append(os.dup(file))  # the lock belongs to the open file, so it outlives the writer's descriptor
 
-        _write_atomically(self.path, b"".join(_line(self._form.write(r)) for r in records), before_rename=hold)
+        write_atomically(self.path, b"".join(_line(self._form.write(r)) for r in records), before_rename=hold)
         os.close(self._file)
         self._file = held[0]
         fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_APPEND)
@@ -224,7 +225,7 @@ def _line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record) + "\n").encode()
 
 
-def _read_records(path: Path, data: bytes, form: LineForm) -> tuple[list[dict[str, Any]], int]:
+def _read_records(path: Path, data: bytes, form: LineForm, overwrite: bool) -> tuple[list[dict[str, Any]], int]:
     """The whole records in ``data`` and the number of bytes they take; what follows them is a torn line.
 
     A line is whole when its newline is there and it is a JSON object with an id: a kill cuts a line short,
@@ -238,9 +239,11 @@ def _read_records(path: Path, data: bytes, form: LineForm) -> tuple[list[dict[st
         if record is None:
             following = len(lines) - number + bool(rest)
             if following:
+                cure = f"and no manifest lies beside it; choose another output with -o, or remove it: rm {path}" if overwrite else None
                 raise UsageError(
                     f"{path} line {number} is not a record of zoomr solve, and {counted(following, 'more line')}"
-                    f" {'stands' if following == 1 else 'stand'} after it; choose another output with -o, or start again with --overwrite"
+                    f" {'stands' if following == 1 else 'stand'} after it"
+                    + (f", {cure}" if cure else "; choose another output with -o, or start again with --overwrite")
                 )
             break
         records.append(record)
@@ -259,7 +262,10 @@ def _parse_record(line: bytes, form: LineForm) -> dict[str, Any] | None:
 def _read_manifest(path: Path) -> Manifest | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(raw["settings"], raw["model"], raw["versions"], raw.get("info", {}))
+        parts = raw["settings"], raw["model"], raw["versions"], raw.get("info", {})
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("a part of it is no object")
+        return Manifest(*parts)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -271,7 +277,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 def _open_locked(path: Path) -> int:
     """A descriptor for appending to ``path`` that holds its lock. Raises UsageError if somebody else does."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"{path} is not a regular file; name a file with -o, or write to standard output with -o -")
     while True:
         try:
@@ -294,35 +300,6 @@ def _open_locked(path: Path) -> int:
 
 def _lock(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _write_atomically(path: Path, data: bytes, before_rename: Callable[[int], None] | None = None) -> None:
-    """Replace ``path`` with ``data``: readers see the old file or the new one, also after a power loss."""
-    file, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(file, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fchmod(out.fileno(), 0o644)
-            os.fsync(out.fileno())
-            if before_rename:
-                before_rename(out.fileno())
-            os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    with _directory(path.parent) as folder:
-        os.fsync(folder)
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
 
 
 def _plain(value: Any) -> Any:

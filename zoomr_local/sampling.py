@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from .errors import UsageError
@@ -36,11 +37,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.temperature >= 0, "--temp", self.temperature, "0 (greedy) or more"),
+            (0 <= self.temperature < inf, "--temp", self.temperature, "0 (greedy) or more"),
             (0 <= self.top_k < 2**31, "--top-k", self.top_k, "in [0, 2147483647], 0 = off"),
             (0 < self.top_p <= 1, "--top-p", self.top_p, "in (0, 1], 1 = off"),
             (0 <= self.min_p < 1, "--min-p", self.min_p, "in [0, 1), 0 = off"),
-            (self.repeat_penalty > 0, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
+            (0 < self.repeat_penalty < inf, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
             (0 <= self.repeat_last_n <= MAX_REPEAT_LAST, "--repeat-last-n", self.repeat_last_n, f"in [0, {MAX_REPEAT_LAST}] tokens"),
             (0 <= self.seed < 2**32 - 1, "--seed", self.seed, "in [0, 4294967294]; llama.cpp takes the next for no seed"),
         )

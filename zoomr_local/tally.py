@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from .errors import UsageError
 from .grading import wilson_interval
 
 
 def has_failed(record: dict[str, Any]) -> bool:
     """Whether a record is one of those that ``--retry-failed`` solves again."""
     return "error" in record or record["finish_reason"] == "timeout"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises UsageError for a record in ``path`` that lacks what every record has: somebody edited the file."""
+    try:
+        yield
+    except KeyError as missing:
+        raise UsageError(
+            f"{path} has a record without {missing}, which zoomr wrote in it; choose another output with -o, or start again with --overwrite"
+        ) from None
 
 
 _LATER = ("lost_blocks", "faults", "disk_written_bytes", "prompted_summaries", "cut_summaries", "injected_tokens", "recalled_tokens")
