@@ -255,7 +255,7 @@ def main() -> None:
         write_fixture(net, args.fixture)
     if args.demo:
         write_demo(args.demo)
-    print(f"{args.out}: {args.out.stat().st_size} bytes, step {state['step']}")
+    print(f"{args.out}: {args.out.stat().st_size} bytes" + (f", step {state['step']}" if state else ""))
 
 
 if __name__ == "__main__":
