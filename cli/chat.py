@@ -127,7 +127,7 @@ def chat(
         raise UsageError("--json is for a single question: zoomr chat --json QUESTION, or give it on stdin")
     if interactive and not sys.stdout.isatty():
         raise UsageError("a chat needs a terminal on stdout; to write an answer to a file: zoomr chat QUESTION, or give it on stdin")
-    held = (interactive or session or continue_) and store.holds(session or LAST)
+    held = (session or continue_ or (interactive and save)) and store.holds(session or LAST)
     if continue_ and not held:
         raise UsageError(f"no conversation is saved in {store.path(session or LAST)}; leave out --continue")
     if session and not save and not continue_:

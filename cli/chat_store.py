@@ -67,8 +67,11 @@ class ChatStore:
         return found.st_ino, found.st_mtime_ns
 
     def names(self) -> list[str]:
-        """The conversations there are, the newest first."""
-        found = [path for path in (self.base / "chats").glob("*/session.json")]
+        """The conversations there are, the newest first; none for a user without a home folder."""
+        try:
+            found = list((self.base / "chats").glob("*/session.json"))
+        except UsageError:
+            return []
         return [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
     def make(self) -> None:

@@ -1,6 +1,7 @@
 """A model's calibration: measured on the real library, found again by the bytes of its model, refused with the command to type."""
 
 import json
+import os
 import shutil
 
 import heads_reference as slow
@@ -40,6 +41,22 @@ def test_no_file_but_a_calibration_is_written_over_and_that_is_said_first(copy, 
     assert main(["calibrate", "-m", str(copy), "-o", str(target)]) == 2
     assert "name another file with -o" in capsys.readouterr().err
     assert (target.read_bytes() if target.exists() else None) == before
+
+
+def test_a_large_file_or_none_that_can_be_read_is_refused_unread(tmp_path):
+    with (tmp_path / "model.gguf").open("wb") as file:
+        file.truncate(1 << 40)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("model.gguf", "pipe"):
+        with pytest.raises(UsageError, match="is there, and is no calibration"):
+            calibrations.check_target(tmp_path / name)
+
+
+def test_a_calibration_in_a_folder_of_somebody_else_is_renewed_where_it_is_found(copy, tmp_path, monkeypatch):
+    target = calibrations.write(of(copy), tmp_path / "models" / "mine.gguf", None)
+    monkeypatch.setattr(calibrations, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert calibrations.write(of(copy, prompts=9), tmp_path / "models" / "mine.gguf", None) == target
+    assert calibrations.find(tmp_path / "models" / "mine.gguf").prompts == 9
 
 
 def test_an_older_calibration_is_replaced_whole_or_stays(copy, tmp_path, monkeypatch):

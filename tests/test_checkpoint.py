@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from zoomr_cli.main import main
+from zoomr_local.errors import TierSizeError
 
 FLAGS = ["-n", "1600", "--kv-budget", "192", "-t", "1", "--temp", "0.7", "--repeat-penalty", "1.1"]
 CHECKPOINT = ["--checkpoint", "ck", "--checkpoint-every", "0.04"]
@@ -141,6 +142,20 @@ def test_a_checkpoint_whose_problem_is_done_is_thrown_away(interrupted, capsys):
     shutil.copytree(copy, interrupted)  # as if the kill had come between the record and the removal
     assert solve(*CHECKPOINT) == 0
     assert "its problem is done; it is thrown away" in capsys.readouterr().err and not interrupted.exists()
+
+
+def test_tiers_too_small_for_it_now_leave_it(interrupted, capsys, monkeypatch):
+    """Half a night of thinking is not given up because the disk is full this morning."""
+    before = sorted(path.name for path in interrupted.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("zoomr_local.tiers.store.PageStore.begin", too_small)
+        assert solve(*CHECKPOINT) == 1
+    assert "no room on the disk" in capsys.readouterr().err and sorted(path.name for path in interrupted.iterdir()) == before
+    assert not record_count() and solve(*CHECKPOINT, "--limit", "1") == 0 and records()[0]["resumed"] == 1
+
+
+def too_small(*_):
+    raise TierSizeError("no room on the disk")
 
 
 def test_overwrite_throws_it_away_too(interrupted, capsys):

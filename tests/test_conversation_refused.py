@@ -8,9 +8,25 @@ from talk import GREEDY, NO_LIMITS, UNTHINK, BookEngine, of, say, spoken, talkin
 
 from zoomr_local.conversation import Conversation
 from zoomr_local.errors import EngineError, TierSizeError
-from zoomr_local.events import Finished, PrefilledAgain
+from zoomr_local.events import Finished, PrefilledAgain, Warned
 
 SCRIPT = [*thoughts(60, 60, 60), UNTHINK, *words(9)]
+
+
+def test_what_was_pinned_is_said_to_be_gone(monkeypatch):
+    with talking() as engine:
+        talk = Conversation(engine.model, engine)
+        say(talk, words(30), SCRIPT)
+        say(talk, words(30), SCRIPT)
+        block = next(b.number for b in engine.generation.timeline.blocks if b.kind == "answer")
+        talk.pin(block)
+        with monkeypatch.context() as patch:
+            patch.setattr("zoomr_local.tiers.arena.Arena.begin", no_memory)
+            with pytest.raises(TierSizeError):
+                list(talk.send(spoken(words(40)), GREEDY, 100_000, NO_LIMITS))
+        assert talk.pinned == (block,)
+        events = say(talk, words(30), SCRIPT)
+        assert any(f"block {block} is gone" in e.message for e in of(Warned, events)) and talk.pinned == ()
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -97,6 +97,29 @@ def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
     assert seen_whole <= 2 * every  # a pair listed last may still stand uncompressed when it is asked for first
 
 
+@pytest.mark.parametrize("family", sorted(tasks.FAMILIES))
+def test_the_echo_drill_counts_what_its_own_beginnings_determine(family):
+    """Names said again and first digits, each as the text before it has it; nothing at a beginning, no value, no end."""
+    batch = recall.beacon_echo_batch(Random(3), family, 6, 700, 8)
+    ids, weights, mask, sources, found = batch
+    assert mask.shape == (len(ids), 1, ids.shape[1], ids.shape[1]) and mask.any(-1).all() and len(found)
+    names = digits = 0
+    for row, told, source in zip(ids, weights, sources, strict=True):
+        text = np.flatnonzero((row != tokenizer.BEACON) & (row != tokenizer.PAD))
+        words, counts = [tokenizer.decode([t]) for t in row[text]], told[text] > 0
+        for i, word in enumerate(words):
+            begin = max([j for j in range(i) if words[j] == "\n"], default=-1) + 1
+            if counts[i]:
+                assert words[i - 1] != " is" and word != "\n" and " Look" in words[begin : i + 1] and source[text[i]] == text[i - 1]
+                if int(row[text[i]]) in looks.NAME_TOKENS:
+                    assert word in words[begin:i]
+                    names += 1
+                if words[i - 1] == ":":
+                    assert word.strip() == words[words.index(" is", begin) + 1].strip()[-1]
+                    digits += 1
+    assert names > 20 and digits > 3
+
+
 def told_and_asked(ids, lookup):
     """Places of (name, is, value): of what the trace works out, and of what it looks up."""
     text = np.flatnonzero(ids != tokenizer.BEACON)
@@ -106,9 +129,9 @@ def told_and_asked(ids, lookup):
 
 @pytest.mark.parametrize("every", [4, 8])
 def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every):
-    """Every number of a sum is in view of the place that says the sum, or it is asked of the beacon that gathered it; so with names said again."""
+    """Every number of a sum is in view of the place that says the sum, or it is asked of the beacon that replaces it; so with names said again."""
     batch = batches.task_batch(Random(2), "linsys", 9, 900, True, "beacons", every)
-    kinds = {kind: {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == kind} for kind in (looks.GATHERED, looks.NEAR)}
+    near = {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == looks.NEAR}
     sums = names = 0
     for row, ids in enumerate(batch.ids):
         text, mask = np.flatnonzero(ids != tokenizer.BEACON), batch.mask[row, 0]
@@ -126,7 +149,7 @@ def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every)
             for at, place in needed:
                 if not mask[at, place]:
                     beacon = beacons[beacons > place][0]
-                    assert (row, beacon, place) in kinds[looks.GATHERED] and (row, at, beacon) in kinds[looks.NEAR]
+                    assert (row, at, beacon) in near
     assert sums > 60 and names >= 9
 
 

@@ -103,13 +103,20 @@ def test_the_look_loss_is_its_definition():
     assert loss.item() == pytest.approx(want, rel=1e-4) and best == pytest.approx(want_best, rel=1e-4)
 
 
+def under(net, ids, mask):
+    """Hidden states behind the new layers, as a step of training has them."""
+    states: dict = {}
+    net(ids, mask, states=states)
+    return states[LAYERS]
+
+
 def test_the_repair_loss_is_the_distance_to_the_view_without_beacons():
     """Of the reply's tokens alone, behind the new layers; by whole forwards of a network that ends there, row by row."""
     net = gathering.with_layers(breadcrumbs.with_beacon_row(lively()), LAYERS, seed=0).requires_grad_()
     batch = batches.task_batch(Random(0), "dag", 2, 250, True, "beacons", 4)
     ids, mask, own = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), torch.from_numpy(batch.weights) > 0
     looks = torch.from_numpy(batch.looks)
-    loss = gathering.repair_loss(net, gathering.hidden_after(net, ids, mask, LAYERS), ids, own, looks, LAYERS)
+    loss = gathering.repair_loss(net, under(net, ids, mask), ids, own, looks, LAYERS)
     short = network.Network(replace(net.shape, layers=LAYERS + 1))
     short.load_state_dict(net.state_dict(), strict=False)
     short.norm = torch.nn.Identity()
@@ -128,9 +135,7 @@ def test_the_repair_loss_is_the_distance_to_the_view_without_beacons():
     assert loss.item() == pytest.approx(np.sum(far) / np.sum(long), rel=1e-3) and loss > 0.01
     no_beacons = torch.where(ids == BEACON, 7, ids)
     causal = torch.ones_like(mask).tril()
-    states: dict = {}
-    net(no_beacons, causal, states=states)
-    assert gathering.repair_loss(net, states[LAYERS], no_beacons, own, looks, LAYERS).item() == pytest.approx(0, abs=1e-6)
+    assert gathering.repair_loss(net, under(net, no_beacons, causal), no_beacons, own, looks, LAYERS).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_repair_draws_the_view_with_beacons_alone():
@@ -139,12 +144,12 @@ def test_the_repair_draws_the_view_with_beacons_alone():
     batch = batches.task_batch(Random(0), "dag", 2, 150, True, "beacons", 4)
     ids, mask, own = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), torch.from_numpy(batch.weights) > 0
     looks = torch.from_numpy(batch.looks)
-    gathering.repair_loss(net, gathering.hidden_after(net, ids, mask, LAYERS), ids, own, looks, LAYERS).backward()
+    gathering.repair_loss(net, under(net, ids, mask), ids, own, looks, LAYERS).backward()
     assert net.blocks[LAYERS].attention.wo.weight.grad.abs().sum() > 0 and net.blocks[LAYERS + 1].attention.wo.weight.grad is None
     with torch.no_grad():
-        goals = [gathering.hidden_after(net, row[row != BEACON][None], None, LAYERS)[0][mine[row != BEACON]] for row, mine in zip(ids, own)]
+        goals = [gathering.hidden_after(net, row[row != BEACON][None], LAYERS)[0][mine[row != BEACON]] for row, mine in zip(ids, own)]
         goal = torch.cat(goals)
-    mine = gathering.hidden_after(net, ids, mask, LAYERS)[own]
+    mine = under(net, ids, mask)[own]
     weights = torch.ones(ids.shape)
     weights[looks[:, 1][looks[:, 0] == NEAR], looks[:, 2][looks[:, 0] == NEAR]] = 8.0
     weights = weights[own]

@@ -245,6 +245,17 @@ def test_a_disk_without_the_room_is_refused_with_the_numbers_before_anything_is_
     store.close()
 
 
+def test_what_a_killed_run_left_makes_room_before_room_is_measured(tmp_path, dead_pid, monkeypatch):
+    left = tmp_path / f"zoomr-{dead_pid}-00000000"
+    left.mkdir()
+    (left / "lock").write_text(directory._machine())
+    (left / "page-1-0-detail.page").write_text("x")
+    monkeypatch.setattr("zoomr_local.tiers.store.free_bytes", lambda base: 0 if left.exists() else 1 << 30)
+    store = PageStore(TierLimits(0, 1 << 20, tmp_path))
+    store.begin(RawPages(), FINGERPRINT, 1 << 20)
+    store.close()
+
+
 def test_pages_go_to_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_base() == tmp_path / "zoomr-local"

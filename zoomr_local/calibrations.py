@@ -19,6 +19,7 @@ from .journal import model_fingerprint
 from .policies.heads.calibration import FORMAT, Calibration, from_json, to_json
 
 SUFFIX = ".calibration.json"
+_MOST_BYTES = 1 << 20  # of a file that could be one
 
 
 def fingerprint(model: Path) -> dict[str, Any]:
@@ -65,12 +66,14 @@ def check_target(target: Path) -> None:
     """Raise UsageError if no calibration can or should be written to ``target``: before minutes are spent on one."""
     if not os.path.isdir(target.parent) or not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{target} cannot be written: {target.parent} is no folder that this user may write to; name another file with -o")
-    try:
-        held = json.loads(target.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(target):
         return
-    except (OSError, ValueError):
-        held = None
+    held = None
+    if target.is_file() and target.stat().st_size <= _MOST_BYTES:
+        try:
+            held = json.loads(target.read_bytes())
+        except (OSError, ValueError):
+            pass
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise UsageError(f"{target} is there, and is no calibration; remove it or name another file with -o")
 
@@ -85,7 +88,12 @@ def write(calibration: Calibration, model: Path, target: Path | None) -> Path:
         try:
             if target is None and path != model.with_name(path.name):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, to_json(calibration).encode())
+            try:
+                write_atomically(path, to_json(calibration).encode())
+            except PermissionError:
+                if not path.is_file():
+                    raise
+                path.write_text(to_json(calibration), encoding="utf-8")  # the folder is not ours but the file is, and it is the one that is found
             return path
         except OSError as error:
             failed.append(f"{path}: {error.strerror or error}")

@@ -287,14 +287,15 @@ class Conversation:
                     return self.engine.extend(tokens, sampling, max_tokens, limits=limits, keep_tokens=kept), len(tokens), None
                 except EngineError as error:  # a recurrent memory, for one, has no way back
                     again = str(error)
+        pins = self.pinned
         try:
             stream = self.engine.generate(
                 whole, sampling, max_tokens, limits=limits, room_tokens=self._room(len(whole) + max_tokens),
                 keep_thinking=self.keep_thinking,
             )  # fmt: skip
-        except ZoomrError:
+        except BaseException:
             if self._in_cache and self.engine.generation is None:
-                self._out_of_cache("the last message could not be begun", self.pinned)
+                self._out_of_cache("the last message could not be begun", pins)
             raise
         return stream, len(whole), again
 

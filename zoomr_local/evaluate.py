@@ -262,7 +262,9 @@ def evaluate(
     for cell in run.cells:
         with _open(run, cell, overwrite) as journal:
             if not overwrite:
-                _sort_out(run, cell, journal)
+                with readable(journal.path):
+                    for record in _sort_out(run, cell, journal)[0]:
+                        Tally().add(record)
     found = {}
     for number, cell in enumerate(run.cells):
         with _open(run, cell, overwrite) as journal:

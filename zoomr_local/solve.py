@@ -171,7 +171,7 @@ class Solver:
                 return None
             result = self._result(done, problem.answer, sampling.grammar is not None)
         except Exception as error:
-            if self.debug or (isinstance(error, StorageError) and not isinstance(error, TierSizeError)):
+            if self.debug or self._ends_the_run(error, checkpoint):
                 raise
             return {**_failed(type(error).__name__, str(error)), "seconds": round(time.monotonic() - began, 3)}
         if warnings:
@@ -180,6 +180,11 @@ class Solver:
             result["resumed"] = checkpoint.resumed
         before = 0.0 if checkpoint is None else checkpoint.seconds
         return {**result, "seconds": round(before + time.monotonic() - began, 3)}
+
+    def _ends_the_run(self, error: Exception, checkpoint: Checkpoint | None) -> bool:
+        """A full tier does; one that this problem alone is too long for does not, unless its record would throw a checkpoint away."""
+        begun = checkpoint is not None and checkpoint.path.exists()
+        return isinstance(error, StorageError) and (begun or not isinstance(error, TierSizeError))
 
     def _generate(
         self, problem: Problem, sampling: Any, max_tokens: int, time_left: float | None, listener: Listener,

@@ -1,4 +1,4 @@
-"""Sums over the records of `solve`: what a progress line shows and a summary says. Imports only the interval's arithmetic."""
+"""Sums over the records of `solve`: what a progress line shows and a summary says; and what is said of records that cannot be summed."""
 
 from __future__ import annotations
 

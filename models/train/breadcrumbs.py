@@ -104,6 +104,8 @@ class BreadcrumbsRun(Run):
         return {**super().state(), "policy": self.policy.state(), "readers": readers}
 
     def load(self, state: dict) -> None:
+        if "readers" not in state:
+            raise ValueError(f"{self.out} holds a run of an earlier version, which nothing was read back from; give another folder")
         super().load(state)
         self.policy.load(state["policy"])
         self.readers.load_state_dict(state["readers"]["weights"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tokenizer import BEACON
 from .looks import ASKED, GATHERED, NEAR, PARTED
-from .network import Network, mimetic_init, rope_angles, views_of
+from .network import Network, mimetic_init, rope_angles
 
 
 @torch.no_grad()
@@ -83,12 +83,12 @@ def look_loss(taps: dict[int, tuple[Tensor, Tensor]], looks: Tensor, mask: Tenso
     return total, best
 
 
-def hidden_after(net: Network, ids: Tensor, mask: Tensor | None, layers: int) -> Tensor:
-    """Hidden states [B, T, D] behind the first layer and ``layers`` more; ids int64 [B, T], mask as ``Network`` takes it."""
+def hidden_after(net: Network, ids: Tensor, layers: int) -> Tensor:
+    """Hidden states [B, T, D] behind the first layer and ``layers`` more, with everything before it in view; ids int64 [B, T]."""
     angles = rope_angles(net.shape, torch.arange(ids.shape[1]))
-    x, views = net.embedding(ids), None if mask is None else views_of(mask)
+    x = net.embedding(ids)
     for block in net.blocks[: layers + 1]:
-        x = block.feed_forward(x + block.attention.mix(*block.attention.project(block.norm1(x), angles), views))
+        x = block.feed_forward(x + block.attention.mix(*block.attention.project(block.norm1(x), angles), None))
     return x
 
 
@@ -110,7 +110,7 @@ def repair_loss(net: Network, states: Tensor, ids: Tensor, own: Tensor, looks: T
         goals = []
         for row, mine in zip(ids, own, strict=True):
             text = row != BEACON
-            goals.append(hidden_after(net, row[text][None], None, layers)[0][mine[text]])
+            goals.append(hidden_after(net, row[text][None], layers)[0][mine[text]])
         goal = torch.cat(goals)
     found = states[own]
     return (weights[own] * (found - goal).square().sum(-1)).sum() / (weights[own] * goal.square().sum(-1)).sum()

@@ -4,22 +4,25 @@ Owned by models/train; called by the training loop. `recall_batch`: a row lists 
 keys, then asks for all of them again in another order; only the repeated values count. `reading_batch`: a row is
 a problem's prompt and then what each of its thoughts copies from there, the thoughts in another order; what the
 prompt determines counts. A trace has one such lookup in twenty tokens, such a row one in five.
-`beacon_recall_batch`: the first of the two as a reply in which beacons are all that is left of what was listed.
+`beacon_recall_batch`: the first of the two as a reply in which beacons are all that is left of what was listed. `beacon_echo_batch`: what
+thoughts say again of their own beginning, in a reply under beacons of such beginnings alone.
 """
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 import numpy as np
 
 from ..tasks import FAMILIES, Problem, prompt_text, split_of
 from ..tokenizer import encode
-from .batches import reply_row
+from .batches import SO, reply_row
 from .beacons import with_beacons
-from .looks import NAME_TOKENS, NUMBER_TOKENS, drill_looks
+from .looks import NAME_TOKENS, NUMBER_TOKENS, drill_looks, trace_looks
 
-_IS, _STOP = encode(" is")[0], encode(".")[0]
+_IS, _STOP, _LOOK = (encode(word)[0] for word in (" is", ".", " Look"))
+_DIGITS = re.compile(r"Ones: \d+ \w+ \d+")
 
 
 def recall_batch(rng: Random, tokens: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +66,44 @@ def beacon_recall_batch(
     rows, masks, sources = zip(*made, strict=True)
     looks = [look for i, (row, mask, _) in enumerate(made) for look in drill_looks(i, row.ids, mask, _IS, pairs)]
     return np.stack([r.ids for r in rows]), np.stack([r.weights for r in rows]), np.stack(masks)[:, None], np.stack(sources), np.array(looks)
+
+
+def beacon_echo_batch(
+    rng: Random, family: str, thoughts: int, tokens: int, every: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As `beacon_recall_batch`, of beginnings of training-split problems' thoughts, half of them up to the first two digits.
+
+    What counts is what stands behind "Look back at the notes on", but for the values: names again, and digits of values.
+    """
+    made, length = [], 0
+    while length < tokens:
+        problem = FAMILIES[family](rng, thoughts)
+        if split_of(family, problem.prompt) != "train":
+            continue
+        ids: list[int] = []
+        weights: list[float] = []
+        for thought in problem.thoughts:
+            stops = _DIGITS.search(thought.text).end() if rng.random() < 0.5 else thought.text.index(" now.") + len(" now.")
+            said = encode(thought.text[:stops] + "\n")
+            look = said.index(_LOOK)
+            ids += said
+            weights += [0.0] * look + [float(before != _IS) for before in said[look - 1 : -2]] + [0.0]  # no thought ends there
+        told = np.array(weights[: tokens], np.float32)
+        made.append(with_beacons(reply_row(np.array(ids[: tokens]), 0, told), every))
+        length += len(told)
+    looks = [look for i, (row, mask, _) in enumerate(made) for look in trace_looks(i, row.ids, mask, row.lookup, SO)]
+    size = max(len(row.ids) for row, _, _ in made)
+    masks = np.tile(np.eye(size, dtype=bool), (len(made), 1, 1))  # padding must attend to something
+    for whole, (_, mask, _) in zip(masks, made, strict=True):
+        whole[: len(mask), : len(mask)] = mask
+
+    def padded(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.pad(a, (0, size - len(a))) for a in arrays])
+
+    return (
+        padded([row.ids for row, _, _ in made]), padded([row.weights for row, _, _ in made]), masks[:, None], padded([s for _, _, s in made]),
+        np.array(looks, np.int64).reshape(-1, 4),
+    )  # fmt: skip
 
 
 def copied(problem: Problem) -> list[tuple[list[int], list[int]]]:

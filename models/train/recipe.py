@@ -20,7 +20,7 @@ class Stage:
 
     thoughts: family to (fewest, most); masked: share of steps under the ZoomR mask;
     recall_tokens: size of the recall drill in each step (0: none); recall_pairs: most keys; reading_tokens: size of the
-    drill in reading prompts, of the families with long ones in turn.
+    drill in reading prompts, of the families with long ones in turn; echo_tokens: of the drill, under beacons, in what thoughts say again.
     """
 
     until: float
@@ -30,6 +30,7 @@ class Stage:
     recall_pairs: int
     index_weight: float
     reading_tokens: int = 0
+    echo_tokens: int = 0
 
 
 MODES = ("joint", "distill")

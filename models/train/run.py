@@ -26,7 +26,7 @@ from .looks import MAKES
 from .losses import index_loss, token_loss
 from .network import Network, mimetic_init
 from .optimizer import make_optimizers
-from .recall import beacon_recall_batch, reading_batch, recall_batch
+from .recall import beacon_echo_batch, beacon_recall_batch, reading_batch, recall_batch
 from .recipe import Recipe, Stage, load_recipe
 
 _SAVE_EVERY = 120.0  # seconds of training between checkpoints
@@ -130,23 +130,30 @@ def _looking(recipe: Recipe) -> int:
 
 
 def _recall_step(run: Run, stage: Stage, rng: Random, every: int) -> dict:
-    recipe, mask, sources, layers = run.recipe, None, None, 0
     pairs = rng.randint(3, max(4, min(stage.recall_pairs, 4 + run.step // 4)))
     if every:
-        made = beacon_recall_batch(rng, stage.recall_tokens, pairs, every)
-        ids, weights, mask, sources, looks = map(torch.from_numpy, made)
-        layers = _looking(recipe)
-    else:
-        ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
+        right, said = _beacon_drill(run, beacon_recall_batch(rng, stage.recall_tokens, pairs, every), every)
+        return {"recall": right, **said}
+    ids, weights = map(torch.from_numpy, recall_batch(rng, stage.recall_tokens, pairs))
+    hidden, _ = run.net(ids)
+    loss, right = token_loss(run.net, hidden, ids, weights)
+    (run.recipe.recall_weight * loss).backward()
+    return {"recall": (right * weights).sum().item() / weights.sum().item()}
+
+
+def _beacon_drill(run: Run, made: tuple, every: int) -> tuple[float, dict]:
+    """The gradient of a drill under beacons, as `recall.py` makes them: the share that is right, and what the log says of looks."""
+    ids, weights, mask, sources, looks = map(torch.from_numpy, made)
+    layers = _looking(run.recipe)
     states: dict[int, torch.Tensor] = {}
     hidden, taps = run.net(ids, mask, tuple(range(1, layers + 2)) if layers else (), states=states)
     loss, right = token_loss(run.net, hidden, ids, weights, sources)
-    report = {"recall": (right * weights).sum().item() / weights.sum().item()}
+    said: dict = {}
     if layers:
         more, said = _beacon_losses(run, taps, states, ids, mask, looks, every)
-        loss, report = loss + more, report | said
-    (recipe.recall_weight * loss).backward()
-    return report
+        loss = loss + more
+    (run.recipe.recall_weight * loss).backward()
+    return (right * weights).sum().item() / weights.sum().item(), said
 
 
 def _beacon_losses(
@@ -217,6 +224,8 @@ def train_step(run: Run, rng: Random) -> dict:
         report |= {"beacon_every": every, **more}
     if stage.recall_tokens:
         report |= _recall_step(run, stage, rng, every)
+    if stage.echo_tokens and every:
+        report["echo"] = _beacon_drill(run, beacon_echo_batch(rng, family, thoughts, stage.echo_tokens, every), every)[0]
     if stage.reading_tokens:
         report["reading"] = _reading_step(run, stage, rng, turn)
     run.update(min(recipe.average, run.step / (run.step + 10)))

@@ -20,7 +20,7 @@ from ..errors import TierSizeError
 from ..sizes import format_bytes
 from .allocator import aligned
 from .codec import RawPages
-from .directory import PageDirectory, check_base, default_base, free_bytes
+from .directory import PageDirectory, check_base, default_base, free_bytes, remove_stale
 from .entry import Entry, Placement
 from .limits import TRANSFER_BYTES, TierLimits
 from .moves import Moves
@@ -59,6 +59,7 @@ class PageStore(Moves):
         ram, disk, transfer = self.limits.shares(need_bytes, codec.lossless)
         if disk:
             base = self.limits.directory or default_base()
+            remove_stale(base)  # what a killed run left there takes room that may be needed
             free = free_bytes(base)
             if free < disk:
                 raise TierSizeError(
