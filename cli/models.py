@@ -34,7 +34,7 @@ Name = Annotated[
     str,
     typer.Argument(
         autocompletion=options.model_names, show_default=False,
-        help="A path, a bundled name (zoomr-tiny, plain-tiny), or user/repo[:quant] of the Hugging Face hub.",
+        help="A path, a bundled name (zoomr-tiny, plain-tiny, breadcrumbs-tiny), or user/repo[:quant] of the Hugging Face hub.",
     ),
 ]  # fmt: skip
 HubName = Annotated[

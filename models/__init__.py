@@ -11,8 +11,9 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 
 
-BUNDLED = ("zoomr-tiny", "plain-tiny")
-"""Models that ship with the package, the default first; `plain-tiny` was trained on the same tasks and writes no summaries."""
+BUNDLED = ("zoomr-tiny", "plain-tiny", "breadcrumbs-tiny")
+"""Models that ship with the package, the default first; `plain-tiny` was trained on the same tasks and writes no summaries, nor does
+`breadcrumbs-tiny`, which was trained to read beacons."""
 
 
 def bundled_model_path(name: str = BUNDLED[0]) -> Path:

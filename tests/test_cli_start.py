@@ -111,7 +111,7 @@ def test_a_shell_completes_commands_flags_and_values(shell, monkeypatch, tmp_pat
     (snapshot / "thinker-Q4_K_M.gguf").write_bytes(b"GGUF")
     assert completed(shell, "zoomr so") == ["solve"]
     assert completed(shell, "zoomr chat --kv-") == ["--kv-budget", "--kv-type", "--kv-ram", "--kv-disk", "--kv-dir", "--kv-page-type"], "a line each"
-    assert completed(shell, "zoomr solve -m ") == ["zoomr-tiny", "plain-tiny", "some/Thinker-GGUF:Q4_K_M"]
+    assert completed(shell, "zoomr solve -m ") == ["zoomr-tiny", "plain-tiny", "breadcrumbs-tiny", "some/Thinker-GGUF:Q4_K_M"]
     if shell == "bash":
         assert completed(shell, "zoomr config ") == ["show", "path"]
         assert completed(shell, "zoomr solve --policy rec") == ["recency"]

@@ -124,3 +124,28 @@ def test_the_plain_model_thinks_without_summaries(plain):
         written = tasks.prompt_text(problem.prompt) + problem.plain_trace
         assert ids_of(plain, written) == tokenizer.encode(written)
     assert right >= 3
+
+
+def test_the_beacons_model_reads_what_only_beacons_hold():
+    """By the engine, which decodes the beacons and drops what they stand for; token ids as in training."""
+    from zoomr_local.beacon_generation import find_beacons
+    from zoomr_local.engine import Engine, EngineConfig
+    from zoomr_local.model import Model
+    from zoomr_local.sampling import SamplingParams
+
+    model = Model.open(models.bundled_model_path("breadcrumbs-tiny"))
+    assert model.name == "breadcrumbs-tiny" and find_beacons(model).every == (8, 4, 16)
+    engine = Engine(model, EngineConfig(policy="breadcrumbs", kv_budget=512))
+    right = peak = written = 0
+    for family in sorted(tasks.FAMILIES):
+        for problem in tasks.generate(family, 2, seed=12, thoughts=6, split="dev"):
+            tokens = model.tokenize(tasks.prompt_text(problem.prompt))
+            assert tokens == tokenizer.encode(tasks.prompt_text(problem.prompt))
+            *_, done = engine.generate(tokens, SamplingParams(), 1200)
+            right += done.content.strip() == f"The answer is {problem.answer}."
+            written, peak = written + done.completion_tokens, max(peak, done.cache.resident_peak_tokens)
+            written_alone = tasks.prompt_text(problem.prompt) + problem.plain_trace
+            assert model.tokenize(written_alone) == tokenizer.encode(written_alone)
+    engine.close()
+    model.close()
+    assert right >= 6 and peak < 512 and written > 8 * 300
