@@ -122,6 +122,24 @@ def test_a_run_begins_with_what_a_file_holds(tmp_path):
     breadcrumbs.BreadcrumbsRun(recipe, tmp_path, shipped)
 
 
+def test_a_network_with_beacons_can_go_on(tmp_path):
+    """Its weights are those of the file, the policy's those of its own; either of the wrong shape is said."""
+    begun = breadcrumbs.BreadcrumbsRun(GROWN, tmp_path, lively())
+    for p in begun.net.parameters():
+        p.data.mul_(1.25)
+    export.write_gguf(begun.net, tmp_path / "b.gguf", "f32", "b", (8, 4))
+    start, policy = export.load_network(tmp_path / "b.gguf")[0], lively(seed=3)
+    made = breadcrumbs.BreadcrumbsRun(GROWN, tmp_path, start, policy)
+    for mine, theirs in ((made.net, begun.net), (made.average, begun.net), (made.policy.net, policy), (made.policy.average, policy)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    with pytest.raises(ValueError, match="the policy is .*, but the recipe needs"):
+        breadcrumbs.BreadcrumbsRun(GROWN, tmp_path, start, start)
+    with pytest.raises(ValueError, match="with a policy beside it the recipe needs"):
+        breadcrumbs.BreadcrumbsRun(GROWN, tmp_path, policy, lively())
+    with pytest.raises(ValueError, match="the start is .*, but the recipe needs"):
+        breadcrumbs.BreadcrumbsRun(GROWN, tmp_path, start)
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 64, b"no model at all"])
 def test_a_start_that_is_no_model_is_said_so(tmp_path, content):
     path = tmp_path / "broken.gguf"

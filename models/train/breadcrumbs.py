@@ -1,6 +1,7 @@
 """Breadcrumbs: a policy is improved by its reward while its rollouts teach a second network to read beacons.
 
 `python -m models.train.breadcrumbs models/train/breadcrumbs.toml OUT --start models/plain-tiny.gguf` trains both jointly;
+with `--start models/breadcrumbs-tiny.gguf --policy models/plain-tiny.gguf` a network that has beacons goes on.
 `models/train/breadcrumbs-distill.toml` is the comparison: as many rollouts are distilled, but of the policy as it began. Either resumes from
 OUT/checkpoint.pt. That file holds the beacon network where other checkpoints hold theirs, so every tool that takes a checkpoint reads it; the
 policy is written beside it as OUT/policy.pt. OUT/log.jsonl has every step of every process, OUT/loss.png is drawn at the end.
@@ -79,25 +80,29 @@ def with_beacon_row(net: Network) -> Network:
 class BreadcrumbsRun(Run):
     """A run whose own network is the beacon network, and the policy beside it."""
 
-    def __init__(self, recipe: Recipe, out: Path, start: Network | None = None) -> None:
-        """Both networks begin as ``start``; None where a checkpoint is there to resume from. Raises ValueError for a start of another shape."""
+    def __init__(self, recipe: Recipe, out: Path, start: Network | None = None, policy: Network | None = None) -> None:
+        """Both networks begin as ``start``, a plain one, or the one with beacons as ``start`` and the policy as ``policy``; None where a checkpoint
+        is there to resume from. Raises ValueError for one of another shape."""
         super().__init__(recipe, out)
         layers = recipe.breadcrumbs.layers
         shape = replace(recipe.shape, vocab=recipe.shape.vocab - 1, layers=recipe.shape.layers - layers)
-        policy = Network(shape)
+        teacher = Network(shape)
         if start is not None:
-            if start.shape != shape:
-                raise ValueError(f"the start is {start.shape}, but the recipe needs {shape}")
-            policy.load_state_dict(start.state_dict())
-            begun = with_beacon_row(start)
-            if layers:
+            plain = policy or start
+            if plain.shape != shape:
+                raise ValueError(f"the {'policy' if policy else 'start'} is {plain.shape}, but the recipe needs {shape}")
+            if policy and start.shape != recipe.shape:
+                raise ValueError(f"the start is {start.shape}, but with a policy beside it the recipe needs {recipe.shape}")
+            teacher.load_state_dict(plain.state_dict())
+            begun = start if policy else with_beacon_row(start)
+            if layers and not policy:
                 begun = with_layers(begun, layers, recipe.seed)
             for net in (self.net, self.average):
                 net.load_state_dict(begun.state_dict())
         self.readers = Readers(recipe.shape.width, max(recipe.beacon_every), recipe.seed)
         self.readers_optimizer = torch.optim.AdamW(self.readers.parameters(), _READERS_LR, (0.9, 0.98), weight_decay=0.0)
         rate = recipe.breadcrumbs.policy_lr
-        self.policy = Learner(policy, [torch.optim.AdamW(policy.parameters(), rate, (0.9, 0.98), weight_decay=0.0)], (rate,))
+        self.policy = Learner(teacher, [torch.optim.AdamW(teacher.parameters(), rate, (0.9, 0.98), weight_decay=0.0)], (rate,))
 
     def state(self) -> dict:
         readers = {"weights": self.readers.state_dict(), "optimizer": self.readers_optimizer.state_dict()}
@@ -299,14 +304,14 @@ def take_step(run: BreadcrumbsRun, rng: Random) -> dict:
     return report | ({"reference": float(np.mean(losses))} if losses else {})
 
 
-def train(recipe: Recipe, out: Path, start: Network | None = None) -> None:
+def train(recipe: Recipe, out: Path, start: Network | None = None, policy: Network | None = None) -> None:
     """Train to the end of the recipe and draw what the log says."""
-    side_by_side.start(recipe.processes, _train, recipe, out, start)
+    side_by_side.start(recipe.processes, _train, recipe, out, start, policy)
     plot(out)
 
 
-def _train(recipe: Recipe, out: Path, start: Network | None) -> None:
-    run = BreadcrumbsRun(recipe, out, start)
+def _train(recipe: Recipe, out: Path, start: Network | None, policy: Network | None) -> None:
+    run = BreadcrumbsRun(recipe, out, start, policy)
     run.resume()
     loop(run, take_step, lambda step: True)
 
@@ -350,19 +355,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--start", type=Path, help="plain network to begin with, a checkpoint or a GGUF file; not needed to resume")
+    parser.add_argument("--policy", type=Path, help="plain network of the policy, where --start is a network with beacons that is to go on")
     args = parser.parse_args(arguments)
-    for path in (args.recipe, args.start):
+    for path in (args.recipe, args.start, args.policy):
         if path and not path.is_file():
             parser.error(f"there is no file {path}")
     if not args.start and not (args.out / "checkpoint.pt").is_file():
         parser.error(f"{args.out} holds no run to resume; give the plain network to begin with: --start models/plain-tiny.gguf")
     try:
         recipe = _checked(load_recipe(args.recipe), args.recipe)
-        start = load_network(args.start)[0] if args.start else None
-        BreadcrumbsRun(recipe, args.out, start).resume()  # what does not fit is said before any process is started
+        start, policy = (load_network(path)[0] if path else None for path in (args.start, args.policy))
+        BreadcrumbsRun(recipe, args.out, start, policy).resume()  # what does not fit is said before any process is started
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    train(recipe, args.out, start)
+    train(recipe, args.out, start, policy)
 
 
 if __name__ == "__main__":
