@@ -55,9 +55,10 @@ def test_flags_without_a_meaning_are_refused_by_name(problems, tmp_path, capsys)
     assert not (tmp_path / "no.jsonl").exists()
 
 
-def test_too_little_ram_ends_the_command_with_what_it_needs(problems, tmp_path, capsys):
-    assert main(["solve", str(problems), "-o", str(tmp_path / "out.jsonl"), *FLAGS, "--kv-ram", "1k"]) == 1
-    assert "--kv-ram 1 KiB: a text of" in capsys.readouterr().err
+def test_too_little_ram_is_the_error_of_the_problem_that_needs_it(problems, tmp_path, capsys):
+    assert main(["solve", str(problems), "-o", str(tmp_path / "out.jsonl"), *FLAGS, "--kv-ram", "1k"]) == 3
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert record["error"]["type"] == "TierSizeError" and "--kv-ram 1 KiB: a text of" in record["error"]["message"]
 
 
 def test_eval_refuses_a_word_that_is_no_choice_whatever_the_policy(tmp_path, capsys):
