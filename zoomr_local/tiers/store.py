@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from ..errors import TierSizeError
+from ..errors import StorageError, TierSizeError
 from ..sizes import format_bytes
 from .allocator import aligned
 from .codec import RawPages
