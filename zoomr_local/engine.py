@@ -16,7 +16,6 @@ from typing import Any, Generator, Iterator, Sequence
 
 from . import session
 from .beacon_generation import BeaconGeneration, check_beacons
-from .block_generation import BlockGeneration
 from .cluster_generation import ClusterGeneration
 from .dialects import Summaries, choose
 from .engine_config import EngineConfig as EngineConfig
