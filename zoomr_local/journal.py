@@ -239,11 +239,10 @@ def _read_records(path: Path, data: bytes, form: LineForm, overwrite: bool) -> t
         if record is None:
             following = len(lines) - number + bool(rest)
             if following:
-                cure = f"and no manifest lies beside it; choose another output with -o, or remove it: rm {path}" if overwrite else None
+                cure = f"remove it, as no manifest says that it is ours: rm {path}" if overwrite else "start again with --overwrite"
                 raise UsageError(
                     f"{path} line {number} is not a record of zoomr solve, and {counted(following, 'more line')}"
-                    f" {'stands' if following == 1 else 'stand'} after it"
-                    + (f", {cure}" if cure else "; choose another output with -o, or start again with --overwrite")
+                    f" {'stands' if following == 1 else 'stand'} after it; choose another output with -o, or {cure}"
                 )
             break
         records.append(record)

@@ -37,11 +37,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            (0 <= self.temperature < inf, "--temp", self.temperature, "0 (greedy) or more"),
+            (0 <= self.temperature < inf, "--temp", self.temperature, "0 (greedy) or more, and finite"),
             (0 <= self.top_k < 2**31, "--top-k", self.top_k, "in [0, 2147483647], 0 = off"),
             (0 < self.top_p <= 1, "--top-p", self.top_p, "in (0, 1], 1 = off"),
             (0 <= self.min_p < 1, "--min-p", self.min_p, "in [0, 1), 0 = off"),
-            (0 < self.repeat_penalty < inf, "--repeat-penalty", self.repeat_penalty, "above 0, 1 = off"),
+            (0 < self.repeat_penalty < inf, "--repeat-penalty", self.repeat_penalty, "above 0 and finite, 1 = off"),
             (0 <= self.repeat_last_n <= MAX_REPEAT_LAST, "--repeat-last-n", self.repeat_last_n, f"in [0, {MAX_REPEAT_LAST}] tokens"),
             (0 <= self.seed < 2**32 - 1, "--seed", self.seed, "in [0, 4294967294]; llama.cpp takes the next for no seed"),
         )

@@ -3,7 +3,7 @@
 Owned by models/train; called by the training loop, for beacon networks only. The readers, one matrix for each place before a beacon, exist in
 training alone. Without this loss a beacon learned what it is asked for much later, by a sum or a lookup, through every layer between; a linear
 probe then found the first number of a sum for 65 % at most (models/LOG.md). Of this the paper says nothing; autoencoding as an aim for
-compressed tokens is that of In-Context Autoencoder (arXiv 2307.06945, section 2.2.1), which rebuilds all of the text with a decoder.
+compressed tokens is that of In-Context Autoencoder (arXiv 2307.06945, from memory), which rebuilds all of the text with a decoder.
 """
 
 from __future__ import annotations
