@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoomr_local.errors import UsageError
+from zoomr_local.errors import SessionError, UsageError
 
 from . import notes, options, tracing
 
@@ -167,7 +167,7 @@ def chat(
         loop = ChatLoop(talk, store, Screen(quiet), sampling, max_tokens, think_budget, thinking, name)
         loop.models, loop.asked = models, bool(session or continue_)
         if continue_:
-            loop.load(session or LAST, loop.screen.note)
+            _go_on(loop, session or LAST)
             if not save:
                 loop.screen.note("what is said now is not kept (--no-save)")
             if system is not None:
@@ -178,6 +178,16 @@ def chat(
         loop.screen.note(f"{loaded.name}, policy {policy}{cells}; /help lists the commands")
         loop.run(editor)
         return 1 if loop.failed else 0
+
+
+def _go_on(loop: Any, name: str) -> None:
+    """Take up the conversation ``name``. Raises SessionError with what else there is."""
+    try:
+        loop.load(name, loop.screen.note)
+    except SessionError as error:
+        others = [other for other in loop.store.names() if other != name]
+        more = f", or give --session one of {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}" if others else ""
+        raise SessionError(f"{error}; begin without --continue{more}") from None
 
 
 def _asked(question: str | None) -> bytes:

@@ -162,7 +162,10 @@ class Commands(CacheCommands):
             self._print(self.chat.store.names() or ["nothing is saved"])
             return
         if self.chat.may_lose(f"/load {rest} once more drops it"):
-            self.chat.load(rest, self._say)
+            try:
+                self.chat.load(rest, self._say)
+            except SessionError as error:
+                raise SessionError(f"{error}; /load lists what there is") from None
 
     def do_export(self, rest: str) -> None:
         """/export FILE: write the conversation as Markdown, or as JSON if the name ends in .json; never over a file."""
@@ -226,11 +229,6 @@ class Commands(CacheCommands):
             self.chat.think_budget = rest
         limit = self.chat.limits().budget_tokens
         self._say(f"thinking: {self.chat.thinking}; at most {'any number of' if limit is None else f'{limit:,}'} tokens a reply")
-
-
-def load_error(name: str, error: SessionError) -> SessionError:
-    """``error`` with what can be done about it."""
-    return SessionError(f"{error}; /load lists what there is" if name != "last" else f"{error}; begin without --continue")
 
 
 def _short(text: str, most: int = 60) -> str:

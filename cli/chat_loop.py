@@ -17,7 +17,7 @@ from zoomr_local.errors import EngineError, SessionError, UnsupportedModel, Usag
 from zoomr_local.events import Event, Finished
 from zoomr_local.thinking import ThinkingLimits, budget_of
 
-from .chat_commands import Commands, load_error
+from .chat_commands import Commands
 from .chat_input import Keys, LineEditor, unquoted
 from .chat_leave import Leaving
 from .chat_store import LAST, ChatStore
@@ -295,10 +295,7 @@ class ChatLoop:
         """Take up the conversation ``name`` and ``tell`` where it stands. Raises SessionError."""
         place = self.store.path(name)
         there = self.store.version(place)
-        try:
-            self.talk.load(place)
-        except SessionError as error:
-            raise load_error(name, error) from None
+        self.talk.load(place)
         self.places, self.last, self._failed = {place.resolve(): there}, None, None
         self.name = name if self.name is not None else None
         turns = self.talk.turns

@@ -335,6 +335,9 @@ def _suite(
     families = None if family is None else _names("--family", family)
     if suite == BUNDLED:
         return bundled_suite(families, count or DEFAULT_PROBLEMS, seed, thoughts, split, max_tokens)
+    if thoughts is not None or split != "test":
+        flag = "--thoughts" if thoughts is not None else "--split"
+        raise UsageError(f"{flag} is for --suite {BUNDLED}, whose problems are drawn; those of {suite} are what they are: leave {flag} out")
     try:
         lines = Path(suite).read_bytes().split(b"\n")
     except OSError as error:

@@ -15,6 +15,7 @@ Get = Callable[[str], Any]
 CLUSTER_KEYS = ("dense-layers", "cluster-query", "clusters-added")
 KEYS = frozenset({
     "vote-by", "checkpoint-every", "stop", "pin-prompt", *CLUSTER_KEYS, "think-budget", "kv-type", "kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk",
+    "thoughts", "split",
 })  # fmt: skip
 _TIERS = ("kv-ram", "kv-disk", "kv-dir", "kv-page-type", "on-full", "wait-for-disk")
 
@@ -40,6 +41,8 @@ def unused(keys: Collection[str], get: Get) -> dict[str, str]:
         found |= dict.fromkeys(CLUSTER_KEYS, "")
     else:
         found.pop("kv-ram", None)
+    if get("suite") not in (None, "bundled"):
+        found |= dict.fromkeys(("thoughts", "split"), "")
     if get("kv-type") not in (None, "f16") and "kv-type" not in found:
         found["kv-page-type"] = f"pages of a {get('kv-type')} cache are {get('kv-type')}"
     return {key: why for key, why in found.items() if key in keys}

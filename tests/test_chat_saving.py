@@ -289,3 +289,12 @@ def test_of_a_question_that_was_to_be_gone_on_with_the_text_is_saved_where_its_c
     assert [turn["user"] for turn in note(store, "mine")["turns"]] == ["hello", "again"]
     assert piped("more", "--save", "--session", "mine", "--continue") == 0
     assert "its cache could not be saved" in capsys.readouterr().err
+
+
+def test_a_damaged_conversation_says_how_to_begin_and_what_else_there_is(piped, capsys):
+    assert piped("hello", "--save", "--session", "other") == 0 and piped("hello", "--save", "--session", "mine") == 0
+    (ChatStore().path("mine") / "session.json").write_text("{")
+    capsys.readouterr()
+    assert piped("again", "--session", "mine", "--continue") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("; begin without --continue, or give --session one of other\n") and "/load" not in err

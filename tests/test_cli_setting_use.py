@@ -103,3 +103,9 @@ def test_every_key_that_is_looked_at_is_a_setting():
 def test_policies_of_a_list_are_known_behind_spaces():
     asked = {"policy": "full, clusterkv"}
     assert not {"pin-prompt", "dense-layers"} & set(unused(KEYS, asked.get))
+
+
+def test_what_draws_bundled_problems_is_left_out_where_a_file_has_them():
+    keys = ("thoughts", "split")
+    assert unused(keys, {"policy": "full", "suite": "mine.jsonl"}.get) == dict.fromkeys(keys, "")
+    assert unused(keys, {"policy": "full", "suite": "bundled"}.get) == unused(keys, {"policy": "full"}.get) == {}

@@ -205,6 +205,8 @@ def test_sigkill_loses_at_most_the_problem_in_flight(here, engine):
         (["--kv-budget", "5"], "error: --kv-budget 5: at least"),
         (["--split", "train"], "error: --split train: choose test or dev"),
         (["--thoughts", "99"], "takes 1 to"),
+        (["--suite", "in.jsonl", "--thoughts", "3"], "those of in.jsonl are what they are: leave --thoughts out"),
+        (["--suite", "in.jsonl", "--split", "dev"], "leave --split out"),
         (["--refresh", "1,x"], "error: --refresh 1,x: give whole numbers"),
         (["--refresh", "0"], "error: --refresh 0: must be at least 1"),
         (["--vote-layers", "2,x"], "error: --vote-layers 2,x"),

@@ -10,10 +10,12 @@ import pytest
 
 try:
     from zoomr_models import tasks, tokenizer
+    from zoomr_models.tasks.series import NUMERALS
     from zoomr_models.train import batches, looks, recall
 except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from models import tasks, tokenizer
+    from models.tasks.series import NUMERALS
     from models.train import batches, looks, recall
 
 IS = tokenizer.encode(" is")[0]
@@ -98,26 +100,39 @@ def test_the_recall_drill_under_beacons_hides_what_it_asks_for(every):
 
 
 @pytest.mark.parametrize("family", sorted(tasks.FAMILIES))
-def test_the_echo_drill_counts_what_its_own_beginnings_determine(family):
-    """Names said again and first digits, each as the text before it has it; nothing at a beginning, no value, no end."""
-    batch = recall.beacon_echo_batch(Random(3), family, 6, 700, 8)
+def test_the_echo_drill_counts_what_the_text_before_determines(family):
+    """Names, needs and first digits, each as the prompt or the thought's own beginning has it; no first token, no value, no end."""
+    batch = recall.beacon_echo_batch(Random(3), family, 14, 900, 8)
     ids, weights, mask, sources, found = batch
     assert mask.shape == (len(ids), 1, ids.shape[1], ids.shape[1]) and mask.any(-1).all() and len(found)
-    names = digits = 0
+    needs = names = digits = 0
     for row, told, source in zip(ids, weights, sources, strict=True):
         text = np.flatnonzero((row != tokenizer.BEACON) & (row != tokenizer.PAD))
         words, counts = [tokenizer.decode([t]) for t in row[text]], told[text] > 0
+        prompt, reply = "".join(words).split("<think>")
+        said = int(np.flatnonzero(counts)[0]) - 1
+        assert "".join(words[:said]) == f"{prompt}<think>" and mask[0, 0, text[-1], text[:said]].all()
         for i, word in enumerate(words):
-            begin = max([j for j in range(i) if words[j] == "\n"], default=-1) + 1
+            begin = max([j for j in range(said, i) if words[j] == "\n"], default=said - 1) + 1
+            kept = i >= said and i > begin and words[i - 1] != " is" and word != "\n"
+            assert counts[i] == kept
+            if counts[i] and words[i - 1] in (" on", ":"):
+                again = words[i - 1] == " on"
+                start = words.index(" Need" if again else " is", begin)
+                assert word.strip() == (words[start + 1].strip() if again else words[start + 1].strip()[-1])
+                names, digits = names + again, digits + (not again)
             if counts[i]:
-                assert words[i - 1] != " is" and word != "\n" and " Look" in words[begin : i + 1] and source[text[i]] == text[i - 1]
-                if int(row[text[i]]) in looks.NAME_TOKENS:
-                    assert word in words[begin:i]
-                    names += 1
-                if words[i - 1] == ":":
-                    assert word.strip() == words[words.index(" is", begin) + 1].strip()[-1]
-                    digits += 1
-    assert names > 20 and digits > 3
+                assert source[text[i]] == text[i - 1]
+        for line in reply.splitlines()[:-1]:
+            x, z, a, b = re.match(r"(?:Next|After \w+,) (\w+)(?: with (\w+))?\. Need (\w+) and (\w+)\.", line).groups()
+            if family == "series":  # its first term is defined, each later one is as far from what it adds
+                first, *added = map(NUMERALS.index, re.search(r" (\w+) adds (\w+) and (\w+)", prompt).groups())
+                after = NUMERALS.index(x) - first
+                assert [NUMERALS.index(a), NUMERALS.index(b)] == [y + after for y in added]
+            else:
+                assert re.search(rf" {x}(?: with {z})? (?:adds|takes|with) {a} and {b}\b", prompt)
+            needs += 1
+    assert min(needs, names) > 10 and digits > 3
 
 
 def told_and_asked(ids, lookup):
@@ -129,10 +144,10 @@ def told_and_asked(ids, lookup):
 
 @pytest.mark.parametrize("every", [4, 8])
 def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every):
-    """Every number of a sum is in view of the place that says the sum, or it is asked of the beacon that replaces it; so with names said again."""
+    """What a sum, a kept result, a need or a name said again is made of is in view of the place that says it, or it is asked of its beacon."""
     batch = batches.task_batch(Random(2), "linsys", 9, 900, True, "beacons", every)
     near = {tuple(look[1:]) for look in batch.looks.tolist() if look[0] == looks.NEAR}
-    sums = names = 0
+    sums = names = asked = kept = 0
     for row, ids in enumerate(batch.ids):
         text, mask = np.flatnonzero(ids != tokenizer.BEACON), batch.mask[row, 0]
         words = [tokenizer.decode([t]) for t in ids[text]]
@@ -146,11 +161,18 @@ def test_a_trace_under_beacons_says_where_its_own_names_and_numbers_stand(every)
             if word == " now" and beacons[0] < text[i]:
                 needed = [(text[i - 2], max(t for t, w in zip(text[: i - 1], words, strict=False) if w == words[i - 1]))]
                 names += 1
+            if word == " Need" and beacons[0] < text[i]:
+                mine = text[i - 2]  # the name that the thought works out
+                needed = [(text[i], mine), (text[i + 2], mine), (text[i + 2], text[i + 1])]
+                asked += 1
+            if word == " Keep":
+                needed = [(text[i + 6 + (words[i + 5] == " so")], text[i + j]) for j in (1, 3)]
+                kept += 1
             for at, place in needed:
                 if not mask[at, place]:
                     beacon = beacons[beacons > place][0]
                     assert (row, at, beacon) in near
-    assert sums > 60 and names >= 9
+    assert sums > 60 and min(names, asked, kept) >= 8
 
 
 @pytest.mark.parametrize("family", sorted(tasks.FAMILIES))

@@ -14,12 +14,13 @@ from ..tokenizer import BEACON, encode
 NAME_TOKENS = tuple(encode(" " + name)[0] for name in (*NAMES, *NUMERALS))
 NUMBER_TOKENS = tuple(encode(f" {i}")[0] for i in range(100))
 MAKES, _PLUS, _MINUS = (encode(word)[0] for word in (" makes", " plus", " minus"))
+_NEED, _NEXT, _KEEP, _COMMA = (encode(word)[0] for word in (" Need", "Next", " Keep", ","))
 _THOUGHT = 100
 """Tokens; no thought is longer."""
 
 PARTED, GATHERED, ASKED, NEAR = range(4)
 """Kinds of looks: a token at the beacon before it, whose pair that parts; a beacon at a value among its tokens; the place that asks at the beacon;
-the place that a sum or a name said again follows, at the beacon of what it needs of its own thought."""
+the place that a sum, a name said again or a need follows, at the beacon of what it needs of its own thought."""
 
 Look = tuple[int, int, int, int]
 """(kind, row, from, to)"""
@@ -47,26 +48,57 @@ def trace_looks(row: int, ids: np.ndarray, mask: np.ndarray, lookup: np.ndarray,
 
 
 def _near_looks(row: int, ids: np.ndarray, mask: np.ndarray, text: np.ndarray) -> list[Look]:
-    """What a thought says again of itself and only beacons are left of: a name that it named, the numbers that it adds or subtracts."""
+    """What a thought goes on with and only beacons are left of: see `_said_again`, `_added` and `_asked_by`."""
     said, beacons = ids[text], np.flatnonzero(ids == BEACON)
-    needed = []
+    looks = []
+    for i, j in (*_said_again(said), *_added(said), *_asked_by(said)):
+        at, place = text[i], text[j]
+        if not mask[at, place]:
+            looks.append((NEAR, row, at, beacons[np.searchsorted(beacons, place)]))
+    return looks
+
+
+def _said_again(said: np.ndarray) -> list[tuple[int, int]]:
+    """(i, j): behind text token i comes the name that token j is; not what a thought begins with, which is in the prompt."""
+    found = []
     for i in np.flatnonzero(np.isin(said, NAME_TOKENS)):
         before = np.flatnonzero(said[max(0, i - _THOUGHT) : i] == said[i])
-        if len(before):
-            needed.append((text[i - 1], text[max(0, i - _THOUGHT) + before[-1]]))
+        if len(before) and said[i - 1] not in (_NEED, _COMMA, _NEXT) and said[i - 3] != _NEED:
+            found.append((i - 1, max(0, i - _THOUGHT) + before[-1]))
+    return found
+
+
+def _added(said: np.ndarray) -> list[tuple[int, int]]:
+    """(i, j): what follows " makes" is the sum of numbers, or of the name before it; what "Keep" says ends a result."""
+    found = []
     for i in np.flatnonzero(said == MAKES):
         j = i - 1
+        if said[j] in NAME_TOKENS:
+            found.append((i, j))
         while said[j] in NUMBER_TOKENS:
-            needed.append((text[i], text[j]))
+            found.append((i, j))
             if said[j - 1] not in (_PLUS, _MINUS):
                 break
             j -= 2
-    looks = []
-    for at, place in needed:
-        if not mask[at, place]:
-            beacon = beacons[np.searchsorted(beacons, place)]
-            looks.append((NEAR, row, at, beacon))
-    return looks
+    for i in np.flatnonzero(said == _KEEP):  # Keep 2 and 1, so NAME is; Keep 2 and 1, which makes
+        at = i + 6 if said[min(i + 6, len(said) - 1)] == MAKES else i + 7
+        if at < len(said):
+            found += [(at, i + 1), (at, i + 3)]
+    return found
+
+
+def _asked_by(said: np.ndarray) -> list[tuple[int, int]]:
+    """(i, j): "Need A and B" is said of what a thought begins with, "After Y, X", "After Y, X with Z" or "Next X"; B of A, too."""
+    found = []
+    for i in np.flatnonzero(said == _NEED):
+        j = i - 2
+        while j >= 0 and said[j] not in (_COMMA, _NEXT):
+            if said[j] in NAME_TOKENS:
+                found += [(at, j) for at in (i, i + 2) if at < len(said)]
+            j -= 1
+        if i + 2 < len(said):
+            found.append((i + 2, i + 1))
+    return found
 
 
 def _looks(row: int, ids: np.ndarray, mask: np.ndarray, listed: list[np.ndarray], asked: list[np.ndarray]) -> list[Look]:

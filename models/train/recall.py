@@ -5,7 +5,7 @@ keys, then asks for all of them again in another order; only the repeated values
 a problem's prompt and then what each of its thoughts copies from there, the thoughts in another order; what the
 prompt determines counts. A trace has one such lookup in twenty tokens, such a row one in five.
 `beacon_recall_batch`: the first of the two as a reply in which beacons are all that is left of what was listed. `beacon_echo_batch`: what
-thoughts say again of their own beginning, in a reply under beacons of such beginnings alone.
+thoughts begin with and say again of it, in a reply under beacons of such beginnings alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .batches import SO, reply_row
 from .beacons import with_beacons
 from .looks import NAME_TOKENS, NUMBER_TOKENS, drill_looks, trace_looks
 
-_IS, _STOP, _LOOK = (encode(word)[0] for word in (" is", ".", " Look"))
+_IS, _STOP = (encode(word)[0] for word in (" is", "."))
 _DIGITS = re.compile(r"Ones: \d+ \w+ \d+")
 
 
@@ -71,25 +71,29 @@ def beacon_recall_batch(
 def beacon_echo_batch(
     rng: Random, family: str, thoughts: int, tokens: int, every: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """As `beacon_recall_batch`, of beginnings of training-split problems' thoughts, half of them up to the first two digits.
+    """As `beacon_recall_batch`, of training-split problems and the beginnings of their thoughts, half of them up to the first two digits.
 
-    What counts is what stands behind "Look back at the notes on", but for the values: names again, and digits of values.
+    What the text before it determines counts: names, what is needed, names again, digits of values; a beginning's first token, its end and the
+    values do not.
     """
     made, length = [], 0
     while length < tokens:
         problem = FAMILIES[family](rng, thoughts)
         if split_of(family, problem.prompt) != "train":
             continue
-        ids: list[int] = []
-        weights: list[float] = []
+        ids, room = encode(prompt_text(problem.prompt)), tokens - length
+        prompt = len(ids)
+        if made and room < 2 * prompt:
+            break
+        weights = [0.0] * prompt
         for thought in problem.thoughts:
             stops = _DIGITS.search(thought.text).end() if rng.random() < 0.5 else thought.text.index(" now.") + len(" now.")
             said = encode(thought.text[:stops] + "\n")
-            look = said.index(_LOOK)
             ids += said
-            weights += [0.0] * look + [float(before != _IS) for before in said[look - 1 : -2]] + [0.0]  # no thought ends there
-        told = np.array(weights[: tokens], np.float32)
-        made.append(with_beacons(reply_row(np.array(ids[: tokens]), 0, told), every))
+            weights += [0.0] + [float(before != _IS) for before in said[:-2]] + [0.0]  # no thought ends there
+        room = max(room, prompt + 2 * every)
+        told = np.array(weights[:room], np.float32)
+        made.append(with_beacons(reply_row(np.array(ids[:room]), prompt, told), every))
         length += len(told)
     looks = [look for i, (row, mask, _) in enumerate(made) for look in trace_looks(i, row.ids, mask, row.lookup, SO)]
     size = max(len(row.ids) for row, _, _ in made)
