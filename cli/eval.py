@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,7 +133,7 @@ def evaluation(
     if traces and not quiet:
         eval_trace.say(trace, traces, found is not None)
     if found is None:
-        again = _command(context.obj, without=("--overwrite",))
+        again = notes.typed_again(context.obj, without=("--overwrite",))
         print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
         return INTERRUPTED
     asked = {"suite": suite, "n": count, "seed": seed, **({"thoughts": thoughts, "split": split} if suite == BUNDLED else {})}
@@ -157,7 +156,7 @@ def _run(
         raise ModelError(f"cannot read the model {model_file}: {error.strerror}; give a .gguf file with -m") from error
     return Run(
         cells, suite, folder, partial(_open_engine, model_file, n_gpu_layers), fingerprint, versions(),
-        sampling, n_gpu_layers, {"command": _command(arguments)}, interrupted, bool(os.environ.get("ZOOMR_DEBUG")), jobs,
+        sampling, n_gpu_layers, {"command": notes.typed_again(arguments)}, interrupted, bool(os.environ.get("ZOOMR_DEBUG")), jobs,
         solver=partial(TracedSolver, files=traces), markers=ways.user_markers(),
     )  # fmt: skip
 
@@ -343,7 +342,3 @@ def _suite(
     except OSError as error:
         raise UsageError(f"--suite {suite}: {error.strerror}; give {BUNDLED} or a JSONL file") from error
     return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS)
-
-
-def _command(arguments: list[str], without: tuple[str, ...] = ()) -> str:
-    return shlex.join(["zoomr", *(a for a in arguments if a not in without)])

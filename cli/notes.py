@@ -1,8 +1,10 @@
-"""What is said before a run because a user may expect something else of it. The commands that open a model call it."""
+"""What is said before and after a run: where a user may expect something else of it, and what to type to go on. The commands that open a
+model call it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import options
@@ -27,3 +29,10 @@ def bundled(model: Path, questions: Iterable[str] | None, quiet: bool) -> None:
 
     if questions is None or not all(map(is_worded, questions)):
         options.tell(f"note: {model.stem} is a test piece that answers the puzzles of `zoomr problems` and nothing else; -m takes another model")
+
+
+def typed_again(arguments: Sequence[str], *flags: str, without: tuple[str, ...] = ()) -> str:
+    """The command line with ``arguments`` as it can be typed again, with ``flags`` and without others. Behind ``--`` nothing is a flag."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [a for a in arguments[:end] if a not in without + flags]
+    return shlex.join(["zoomr", *kept, *flags, *arguments[end:]])

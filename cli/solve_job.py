@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zoomr_local.errors import UsageError
 from zoomr_local.sizes import counted
 
-from . import INTERRUPTED, SOME_FAILED, summaries, tracing
+from . import INTERRUPTED, SOME_FAILED, notes, summaries, tracing
 from .solve_replies import Replies
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Job:
 
     def command(self, *extra: str, without: tuple[str, ...] = ()) -> str:
         """The command line as the user can type it again."""
-        return shlex.join(["zoomr", *(a for a in self.arguments if a not in without + extra), *extra])
+        return notes.typed_again(self.arguments, *extra, without=without)
 
     def run(self, journal: Journal | None, overwrite: bool = False, retry_failed: bool = False) -> int:
         """Solve what is left to solve and return the exit code. Without a journal records go to stdout."""

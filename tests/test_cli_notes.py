@@ -53,3 +53,9 @@ def test_solve_says_both_before_anything_is_loaded(capsys, tmp_path, monkeypatch
     assert main(["solve", str(file), "-ngl", "5", "--dry-run", "-o", str(tmp_path / "out.jsonl")]) == 0
     err = capsys.readouterr().err
     assert "-ngl 5" in err and "test piece" in err
+
+
+def test_the_command_to_go_on_keeps_what_stands_behind_the_two_dashes():
+    typed = ["solve", "--overwrite", "-j", "2", "--", "--overwrite"]  # a file of that name
+    assert notes.typed_again(typed, "--retry-failed", without=("--overwrite",)) == "zoomr solve -j 2 --retry-failed -- --overwrite"
+    assert notes.typed_again(["solve", "a b.jsonl", "--retry-failed"], "--retry-failed") == "zoomr solve 'a b.jsonl' --retry-failed"
