@@ -385,13 +385,33 @@ def test_what_is_missing_is_said(folder, capsys):
     assert "'other'" in refuses(folder / "joint.toml", folder)
 
 
-def test_the_shipped_recipes_differ_in_the_mode_alone():
-    joint, alone = recipe.load_recipe(TOML), recipe.load_recipe(TOML.parent / "breadcrumbs-distill.toml")
+def test_the_compared_recipes_differ_in_the_mode_alone():
+    whole, joint, alone = (recipe.load_recipe(TOML.parent / f"{name}.toml") for name in ("breadcrumbs", "weak-joint", "weak-distill"))
     assert (joint.breadcrumbs.mode, alone.breadcrumbs.mode) == ("joint", "distill")
     assert replace(alone, name=joint.name, breadcrumbs=joint.breadcrumbs) == joint
     assert replace(alone.breadcrumbs, mode="joint") == joint.breadcrumbs
-    assert breadcrumbs._checked(joint, TOML) is joint and set(joint.beacon_every) == {4, 8, 16}
+    assert (whole.shape, whole.breadcrumbs.noise) == (joint.shape, 0) and joint.breadcrumbs.noise > 0
+    for made in (whole, joint):
+        assert breadcrumbs._checked(made, TOML) is made and set(made.beacon_every) == {4, 8, 16}
     plain = recipe.load_recipe(TOML.parent / "plain.toml").shape
     assert joint.shape == replace(plain, vocab=BEACON + 1, layers=plain.layers + joint.breadcrumbs.layers)
     with pytest.raises(ValueError, match="at least 2"):
         replace(joint.breadcrumbs, samples=1)
+    with pytest.raises(ValueError, match="noise -1"):
+        replace(joint.breadcrumbs, noise=-1)
+
+
+def test_a_recipe_with_noise_begins_with_both_networks_weakened_alike_in_every_process(tmp_path):
+    """What was given stays as it is: a run is made once to be checked and once in each process."""
+    start, plan = lively(), replace(PLAN, breadcrumbs=replace(CRUMBS, noise=0.5))
+    first, second = (breadcrumbs.BreadcrumbsRun(plan, tmp_path, start) for _ in range(2))
+    assert torch.equal(weights_of(start), weights_of(lively()))
+    whole = breadcrumbs.BreadcrumbsRun(PLAN, tmp_path, start)
+    for one, other, clean in ((first.net, second.net, whole.net), (first.policy.net, second.policy.net, whole.policy.net)):
+        assert torch.equal(weights_of(one), weights_of(other))
+        for a, b in zip(one.parameters(), clean.parameters(), strict=True):
+            if b.ndim > 1 and b.std() > 0:
+                assert ((a - b).std() / b.std()).item() == pytest.approx(0.5, rel=0.2)
+            elif b.ndim == 1:
+                assert torch.equal(a, b)
+    assert torch.equal(weights_of(first.net), weights_of(first.average))

@@ -2,8 +2,8 @@
 
 `python -m models.train.breadcrumbs models/train/breadcrumbs.toml OUT --start models/plain-tiny.gguf` trains both jointly;
 with `--start models/breadcrumbs-tiny.gguf --policy models/plain-tiny.gguf` a network that has beacons goes on.
-`models/train/breadcrumbs-distill.toml` is the comparison: as many rollouts are distilled, but of the policy as it began. Either resumes from
-OUT/checkpoint.pt. That file holds the beacon network where other checkpoints hold theirs, so every tool that takes a checkpoint reads it; the
+`models/train/weak-joint.toml` and `weak-distill.toml` compare joint training with distillation alone: as many rollouts are distilled, but of the policy
+as it began, which in both was made wrong often. Every run resumes from OUT/checkpoint.pt. That file holds the beacon network where other checkpoints hold theirs, so every tool that takes a checkpoint reads it; the
 policy is written beside it as OUT/policy.pt. OUT/log.jsonl has every step of every process, OUT/loss.png is drawn at the end.
 
 Owned by models/train; a command, called by nothing but its tests. Sampling is in `rollout.py`, the beacon mask in `beacons.py`, the loop, the
@@ -77,6 +77,17 @@ def with_beacon_row(net: Network) -> Network:
     return grown
 
 
+@torch.no_grad()
+def weakened(net: Network, noise: float, seed: int) -> Network:
+    """A copy of ``net`` with normal noise on every matrix, in its own standard deviations: a stand-in for one that was trained for less long."""
+    made, draws = Network(net.shape), torch.Generator().manual_seed(seed)
+    made.load_state_dict(net.state_dict())
+    for p in made.parameters():
+        if p.ndim > 1:
+            p.add_(noise * p.std() * torch.randn(p.shape, generator=draws))
+    return made
+
+
 class BreadcrumbsRun(Run):
     """A run whose own network is the beacon network, and the policy beside it."""
 
@@ -93,10 +104,12 @@ class BreadcrumbsRun(Run):
                 raise ValueError(f"the {'policy' if policy else 'start'} is {plain.shape}, but the recipe needs {shape}")
             if policy and start.shape != recipe.shape:
                 raise ValueError(f"the start is {start.shape}, but with a policy beside it the recipe needs {recipe.shape}")
-            teacher.load_state_dict(plain.state_dict())
             begun = start if policy else with_beacon_row(start)
             if layers and not policy:
                 begun = with_layers(begun, layers, recipe.seed)
+            if recipe.breadcrumbs.noise:
+                begun, plain = (weakened(net, recipe.breadcrumbs.noise, recipe.seed) for net in (begun, plain))
+            teacher.load_state_dict(plain.state_dict())
             for net in (self.net, self.average):
                 net.load_state_dict(begun.state_dict())
         self.readers = Readers(recipe.shape.width, max(recipe.beacon_every), recipe.seed)

@@ -47,7 +47,7 @@ class Breadcrumbs:
     in one process all of one family; layers: how many the beacon network has more than the policy, after its first (`gathering.py`), and
     look_weight: of the loss on their attention in the recall drill and in reference traces; repair_weight: of the loss on what they leave to the old layers;
     held_weight: of the loss on what a beacon holds (`held.py`); fall: step from which the beacon network's rates fall to 0 at the end,
-    if not the end of the warm-up, as the policy's do.
+    if not the end of the warm-up, as the policy's do; noise: put on the weights that both networks begin with, in standard deviations of each matrix.
     """
 
     mode: str
@@ -66,12 +66,13 @@ class Breadcrumbs:
     repair_weight: float = 0.0
     held_weight: float = 0.0
     fall: int | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; there are {' and '.join(MODES)}")
-        if self.references < 0:
-            raise ValueError(f"references is {self.references}, must be at least 0")
+        if self.references < 0 or self.noise < 0:
+            raise ValueError(f"references is {self.references} and noise {self.noise}, must be at least 0")
         if self.layers < 0 or self.layers == 1:
             raise ValueError(f"layers is {self.layers}, must be 0 or at least 2: one for what a beacon parts, the others to gather")
         if self.samples < 2:
