@@ -147,6 +147,36 @@ def test_processes_side_by_side_stay_equal_where_one_has_nothing_to_learn(tmp_pa
         assert (a - c).abs().mean() < 0.3 * (c - start).abs().mean(), "nothing is learned from nothing"
 
 
+class Watched:
+    """A learner that keeps the gradient of an update, averaged over the processes."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def update(self, keep):
+        side_by_side.average_gradients(self.net)
+        self.gradient = weights_of_gradients(self.net)
+
+
+def _unequal(folder, shares):
+    """The gradient of a part of the replies in each process."""
+    net, rank = lively().requires_grad_(True), side_by_side.rank()
+    mine = [replies_of(lively(), 4)[i] for i in shares[rank]]
+    watched = Watched(net)
+    loss = breadcrumbs.policy_loss(net, mine, torch.ones(len(mine)), 1.0, 0.2)[0] if mine else None
+    breadcrumbs._learn(watched, loss, mine, 0.9)
+    torch.save(watched.gradient, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("shares", [[[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
+def test_every_token_counts_alike_whichever_process_has_it(tmp_path, shares):
+    side_by_side.start(2, _unequal, tmp_path, shares)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    _unequal(tmp_path, [[0, 1, 2, 3]])
+    whole = torch.load(tmp_path / "0.pt")
+    assert whole.abs().max() > 0 and all(torch.allclose(one, whole, atol=1e-6, rtol=1e-4) for one in both)
+
+
 @pytest.mark.parametrize(("shift", "advantage", "moves"), [(-1, 1, False), (1, 1, True), (-1, -1, True), (1, -1, False)])
 def test_ratios_are_clipped_on_the_side_that_has_gone_far_enough(shift, advantage, moves):
     """`shift` moves the log-probability at sampling, so -1 means that the token has become e times likelier since."""
@@ -344,7 +374,7 @@ def test_a_command_trains_and_another_measures(folder, name, capsys, monkeypatch
 
 
 def test_measures_are_what_they_say():
-    """Of a network that always says the next token of the reference traces right, by construction of the problems' tokens."""
+    """Of a network that knows nothing, token by token from the slow view of its caches."""
     problems = tasks.generate("series", 2, 0, 1, "dev")
     net = lively(replace(PLAIN, vocab=BEACON + 1))
     share, whole = rollout.teacher_forced(net, problems, 4)
@@ -356,6 +386,28 @@ def test_measures_are_what_they_say():
             told += 1
     assert share == pytest.approx(right / told) and whole == 0
     assert rollout.sampled(net, problems, 4) == 0
+
+
+def test_right_answers_and_whole_traces_are_counted(monkeypatch):
+    """Replies that are two of three reference traces, and a network that misses one token of one trace."""
+    problems = tasks.generate("series", 3, 0, 1, "dev")
+    written = [tokenizer.encode(p.plain_trace) + [tokenizer.IM_END] * (not p.plain_trace.endswith("<|im_end|>")) for p in problems]
+    written[1] = written[1][:-3]
+    monkeypatch.setattr(rollout, "sample", lambda net, prompts, limit, every: [
+        rollout.Reply(torch.tensor(prompt + reply), len(prompt), torch.zeros(len(reply))) for prompt, reply in zip(prompts, written, strict=True)
+    ])  # fmt: skip
+    net, calls = lively(replace(PLAIN, vocab=BEACON + 1)), []
+    assert rollout.sampled(net, problems, 4) == 2
+
+    def told(net, hidden, ids, weights, sources):
+        calls.append(ids)
+        hits = weights > 0
+        hits[0, int(hits[0].nonzero()[-1])] = len(calls) != 2
+        return torch.zeros(()), hits
+
+    monkeypatch.setattr(f"{rollout.__package__}.losses.token_loss", told)
+    share, whole = rollout.teacher_forced(net, problems, 4)
+    assert whole == 2 and 0.9 < share < 1
 
 
 def test_what_is_missing_is_said(folder, capsys):

@@ -248,13 +248,14 @@ def _parts(chosen: list[int], replies: Sequence[Reply], tokens: int, rng: Random
     yield from (chosen[i::n] for i in range(n))
 
 
-def _learn(learner: Learner, loss: Tensor | None, keep: float) -> None:
-    """An update along ``loss``; None of a process that has no part in it."""
+def _learn(learner: Learner, loss: Tensor | None, replies: Sequence[Reply], keep: float) -> None:
+    """An update along ``loss``, a mean over the tokens of ``replies``, so that those of every process count alike; None of a process without any."""
+    part = side_by_side.share(sum(len(r.ids) - r.prompt for r in replies))
     if loss is None:
         for p in learner.net.parameters():
             p.grad = torch.zeros_like(p)
     else:
-        loss.backward()
+        (part * loss).backward()
     learner.update(keep)
 
 
@@ -264,14 +265,14 @@ def distill(run: BreadcrumbsRun, replies: Sequence[Reply], rewards: Tensor, rng:
     right = rewards.flatten().tolist()
     chosen = [i for i, r in enumerate(right) if r or not recipe.breadcrumbs.only_right]
     for part in _parts(chosen, replies, recipe.tokens, rng):
-        loss = None
+        loss, mine = None, [replies[i] for i in part]
         if part:
             rates = [rng.choice(recipe.beacon_every) for _ in part]
-            loss, agree = distillation_loss(run.net, run.policy.net, [replies[i] for i in part], rates)
+            loss, agree = distillation_loss(run.net, run.policy.net, mine, rates)
             losses.append(loss.item())
             agreed.append(agree)
-        _learn(run, loss, recipe.average)
-        run.tokens += sum(len(replies[i].ids) for i in part) * side_by_side.count()  # about as many in every process
+        _learn(run, loss, mine, recipe.average)
+        run.tokens += sum(len(r.ids) for r in mine) * side_by_side.count()  # about as many in every process
     return {"kl": float(np.mean(losses)), "agree": float(np.mean(agreed))} if losses else {"kl": None, "agree": None}
 
 
@@ -284,7 +285,7 @@ def improve(run: BreadcrumbsRun, replies: Sequence[Reply], advantages: Tensor, r
         if part:
             loss, share = policy_loss(run.policy.net, mine, advantages[part], crumbs.temperature, crumbs.clip)
             shares.append(share)
-        _learn(run.policy, loss, recipe.average)
+        _learn(run.policy, loss, mine, recipe.average)
     return {"used": len(chosen) / len(replies), "clipped": float(np.mean(shares)) if shares else 0.0}
 
 

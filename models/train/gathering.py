@@ -93,7 +93,7 @@ def hidden_after(net: Network, ids: Tensor, layers: int) -> Tensor:
 
 
 NEAR_WEIGHT = 8.0
-"""How much more the places count that need what is near: one token in twenty, and the hardest."""
+"""How much more the places count that need what is near: one token in six to sixteen, and the hardest."""
 
 
 def repair_loss(net: Network, states: Tensor, ids: Tensor, own: Tensor, looks: Tensor, layers: int) -> Tensor:

@@ -65,6 +65,15 @@ def average_gradients(net: nn.Module) -> None:
         g.copy_(mean.view_as(g))
 
 
+def share(value: int) -> float:
+    """``value`` over its mean in all processes: times this, the means of each process's own ``value`` things average to the mean of all."""
+    if count() == 1:
+        return 1.0
+    held = torch.tensor([value], dtype=torch.float64)
+    distributed.all_reduce(held)
+    return count() * value / held.item()
+
+
 def most(value: int) -> int:
     """The largest ``value`` of all processes."""
     if count() == 1:
