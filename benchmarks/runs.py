@@ -48,6 +48,7 @@ def parser(module: str, purpose: str, split: str, n: int) -> argparse.ArgumentPa
     p.add_argument("--result", type=Path, default=RESULTS / f"{module}.json", metavar="JSON", help=f"default: benchmarks/results/{module}.json")
     p.add_argument("--dry-run", action="store_true", help="print what would be run and how many tokens it takes; run nothing")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    p.set_defaults(published=RESULTS / f"{module}.json", published_split=split)
     return p
 
 
@@ -76,9 +77,15 @@ class Plan:
     """What a command line asks for: the problems, the model, and the cell of every family with no setting changed."""
 
     def __init__(self, args: argparse.Namespace, module: str, argv: Sequence[str]) -> None:
-        """Raises UsageError for families, budgets or numbers that do not exist, ModelError without a model file."""
+        """Raises UsageError for families, budgets or numbers that do not exist, and where the result of another split would take
+        the place of the published one; ModelError without a model file."""
         if min(args.n, args.jobs) < 1:
             raise UsageError(f"-n {args.n} -j {args.jobs}: both must be at least 1")
+        if args.split != args.published_split and not args.dry_run and args.result.resolve() == args.published.resolve():
+            raise UsageError(
+                f"--split {args.split}: {args.published.name} is put into the docs and is of the {args.published_split} problems;"
+                f" name another file, for example --result build/bench/{module}-{args.split}.json"
+            )
         self.args = args
         chosen = None if args.families is None else [part.strip() for part in args.families.split(",") if part.strip()]
         self.suite: Suite = bundled_suite(chosen, args.n, args.seed, args.thoughts, args.split, None)

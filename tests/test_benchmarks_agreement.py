@@ -307,6 +307,20 @@ def test_misuse_is_one_clear_line(arguments, complaint, capsys):
     assert err.startswith("error: ") and complaint in err and len(err.splitlines()) == 1
 
 
+def test_another_split_never_takes_the_place_of_the_published_result(tmp_path, engine, monkeypatch, capsys):
+    """The file that goes into the docs is of one split; the other one's result needs a name of its own."""
+    monkeypatch.setattr("benchmarks.runs.RESULTS", tmp_path)
+    command = ["--split", "dev", "-n", "1", "--families", "series", "--thoughts", "3", "--work", str(tmp_path / "work"), "-q"]
+    assert agreement.main(command) == 2
+    err = capsys.readouterr().err
+    assert "of the test problems" in err and "--result build/bench/agreement-dev.json" in err and len(err.splitlines()) == 1
+    assert agreement.main([*command, "--result", f"{tmp_path}/work/../agreement.json"]) == 2 and not engine.prompts
+    assert agreement.main([*command, "--result", str(tmp_path / "other.json")]) == 0
+    assert not (tmp_path / "agreement.json").exists() and (tmp_path / "other.json").exists()
+    assert agreement.main([*command, "--dry-run"]) == 0, "which writes nothing"
+    assert agreement.main([*command[2:], "--fresh"]) == 0 and (tmp_path / "agreement.json").exists()
+
+
 def test_a_reader_adds_the_lookups_to_the_record_and_lets_the_policy_go(engine):
     def select(view):
         return SimpleNamespace(zoomed=(0,), agreement=0.5)
