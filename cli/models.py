@@ -51,7 +51,7 @@ def ls(as_json: options.Json = False) -> None:
     from zoomr_local import hub_cache
 
     rows = [_bundled_row(name, path) for name, path in options.bundled_models().items()]
-    rows += [_cached_row(cached) for cached in hub_cache.cached_models()]
+    rows += [_cached_row(cached) for cached in hub_cache.cached_models(whole=False)]
     cut_off = hub_cache.incomplete()
     if as_json:
         parts = [{"path": str(path), "size_bytes": size} for path, size in cut_off]
@@ -132,7 +132,8 @@ def rm(
     chosen = _to_remove(name)
     size = format_bytes(sum(c.model.size_bytes or 0 for c in chosen))
     for cached in chosen:
-        print(f"{cached.reference}  {', '.join(map(printable, cached.model.files))}  {format_bytes(cached.model.size_bytes or 0)}", file=sys.stderr)
+        files = ", ".join(map(printable, cached.model.files))
+        print(f"{cached.reference}  {files}  {format_bytes(cached.model.size_bytes or 0)}{_parts_text(len(cached.model.files), cached.model.missing)}", file=sys.stderr)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"removing {size} asks first, and nobody is at the terminal; add --yes")
@@ -142,6 +143,8 @@ def rm(
     freed = sum(hub_cache.remove(cached) for cached in chosen)
     if chosen:
         options.tell(f"{format_bytes(freed)} are free")
+        if left := hub_cache.incomplete(chosen[0].repo):
+            options.tell(_cut_off_text(left))
     if as_json:
         print(json.dumps({"removed": [str(c.reference) for c in chosen], "freed_bytes": freed}))
 
@@ -157,29 +160,47 @@ def _to_remove(name: str) -> list[Cached]:
     if reference is None:
         raise UsageError(f"{name} is not of the form user/repo[:quant]; only the hub's cache is cleared, other files are yours to delete")
     if reference.tag is None:
-        chosen = hub_cache.cached_models(reference.repo)
+        chosen = hub_cache.cached_models(reference.repo, whole=False)
     else:
-        found = hub_cache.find(reference)
+        found = hub_cache.find(reference, whole=False)
         chosen = [found] if found else []
     if not chosen:
-        there = [str(c.reference) for c in hub_cache.cached_models(reference.repo)] or hub_cache.cached_repos()
-        also = f"; there are {', '.join(there[:8])}" if there else ""
+        there = [str(c.reference) for c in hub_cache.cached_models(reference.repo, whole=False)]
+        left = [] if there else hub_cache.incomplete(reference.repo)
+        there = there or [repo for repo in hub_cache.cached_repos() if repo != reference.repo]
+        also = f"; {_cut_off_text(left)}" if left else f"; there are {', '.join(there[:8])}" if there else ""
         raise UsageError(f"{reference} is not in {hub_cache.cache_dir()}{also}")
     return chosen
+
+
+def _cut_off_text(left: list[tuple[Path, int]]) -> str:
+    """What of a repository is no model yet, and how to be rid of it."""
+    import shlex
+
+    from zoomr_local.sizes import format_bytes
+
+    paths = " ".join(shlex.quote(str(path)) for path, _ in left[:3])
+    return f"{format_bytes(sum(size for _, size in left))} of a download that was cut off is there: `zoomr models pull` goes on with it, this deletes it: rm {paths}"
+
+
+def _parts_text(parts: int, missing: int) -> str:
+    """``, 1 of 2 parts`` for a model that lacks some."""
+    return f", {parts} of {parts + missing} parts" if missing else ""
 
 
 def _bundled_row(name: str, path: Path) -> dict[str, Any]:
     from zoomr_local.model_facts import file_quant
 
     size = path.stat().st_size if path.is_file() else None
-    return {"name": name, "quant": file_quant(path), "size_bytes": size, "path": str(path), "from": "bundled"}
+    return {"name": name, "quant": file_quant(path), "size_bytes": size, "path": str(path), "from": "bundled", "parts": 1, "missing_parts": 0}
 
 
 def _cached_row(cached: Cached) -> dict[str, Any]:
     from zoomr_local.model_facts import file_quant
 
-    quant = cached.model.quant or file_quant(cached.path)
-    return {"name": str(cached.reference), "quant": quant, "size_bytes": cached.model.size_bytes, "path": str(cached.path), "from": "hub"}
+    model = cached.model
+    return {"name": str(cached.reference), "quant": model.quant or file_quant(cached.path), "size_bytes": model.size_bytes, "path": str(cached.path),
+            "from": "hub", "parts": len(model.files), "missing_parts": model.missing}
 
 
 def _console() -> Any:
@@ -198,6 +219,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold", no_wrap=heading in ("quant", "size"))
     for row in rows:
         size = "missing" if row["size_bytes"] is None else format_bytes(row["size_bytes"])
+        size += _parts_text(row["parts"], row["missing_parts"])
         path = "".join(c if c.isprintable() else "?" for c in row["path"])
         table.add_row(row["name"], row["quant"] or "-", size, path)
     _console().print(table)
@@ -205,13 +227,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _print_listed(reference: Any, models: list[Any], as_json: bool) -> None:
     from zoomr_local import hub_cache
-    from zoomr_local.hub_names import matching
+    from zoomr_local.hub_names import matching, title
     from zoomr_local.sizes import format_bytes
 
     here = {c.model.files for c in hub_cache.cached_models(reference.repo)}
     chosen = matching(models, reference.tag) if models else []
     rows = [
-        {"name": f"{reference.repo}:{m.title}", "quant": m.quant, "size_bytes": m.size_bytes, "files": list(m.files),
+        {"name": f"{reference.repo}:{title(m, models)}", "quant": m.quant, "size_bytes": m.size_bytes, "files": list(m.files),
          "cached": m.files in here, "chosen": m in chosen}
         for m in models
     ]  # fmt: skip

@@ -35,6 +35,20 @@ def test_what_is_a_name_of_the_hub(text, meant):
     assert parse(text) == (None if meant is None else Reference(*meant))
 
 
+@pytest.mark.parametrize("text, meant", [
+    ("https://huggingface.co/user/repo/tree/main", "user/repo"), ("https:/huggingface.co/user/repo/tree/main/", "user/repo"), ("hf.co/user/repo/tree/main?x=1", "user/repo"),
+    ("hf.co/user/repo/blob/main/x-Q4_0.gguf", "user/repo:x-Q4_0.gguf"), ("hf.co/user/repo/blob/main/README.md", None),
+    ("hf.co/user/repo/resolve/v9/x.gguf", UsageError), ("hf.co/user/repo/blob/v9/x.gguf", UsageError), ("hf.co/user/repo/tree/v9", UsageError),
+    ("https://huggingface.co/user/repo/tree/main/BF16", UsageError), ("user/repo/tree/v9", None),
+])  # fmt: skip
+def test_addresses_within_a_repository(text, meant):
+    if meant is UsageError:
+        with pytest.raises(UsageError, match="the address names"):
+            parse(text)
+    else:
+        assert meant == (None if (found := parse(text)) is None else str(found))
+
+
 @pytest.mark.parametrize("file, quant", [
     ("Qwen3-8B-Q4_K_M.gguf", "Q4_K_M"), ("a/b.IQ4_XS.gguf", "IQ4_XS"), ("x-UD-Q4_K_XL-00001-of-00003.gguf", "UD-Q4_K_XL"), ("m-bf16.gguf", "BF16"),
     ("gpt-oss-20b-mxfp4.gguf", "MXFP4"), ("model.gguf", None), ("Q8_0.gguf", "Q8_0"), ("qwen2-7b.gguf", None), ("m-F16.gguf", "F16"),

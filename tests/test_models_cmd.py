@@ -12,7 +12,7 @@ import typer
 from hub_case import server  # noqa: F401  a fixture
 
 from zoomr_cli.main import main
-from zoomr_local import hub_cache, hub_names
+from zoomr_local import doctor, hub_cache, hub_names
 from zoomr_models import BUNDLED, bundled_model_path
 
 sys.path.append(str(Path(__file__).resolve().parent / "native"))
@@ -50,7 +50,7 @@ def test_pull_then_ls_then_show_then_rm(hub, capsys):
     rows = as_json(capsys, "ls")["models"]
     assert rows[0]["name"] == "zoomr-tiny" and rows[0]["from"] == "bundled" and rows[0]["quant"] == "Q8_0"
     assert [row["name"] for row in rows[: len(BUNDLED)]] == list(BUNDLED)
-    assert rows[len(BUNDLED)] == {"name": "user/tiny:Q8_0", "quant": "Q8_0", "size_bytes": len(TINY), "path": str(path), "from": "hub"}
+    assert rows[len(BUNDLED)] == {"name": "user/tiny:Q8_0", "quant": "Q8_0", "size_bytes": len(TINY), "path": str(path), "from": "hub", "parts": 1, "missing_parts": 0}
     out, err = run(capsys, "ls")
     table = out.splitlines()
     assert err == ""
@@ -85,6 +85,45 @@ def test_a_download_that_was_cut_off_is_in_ls(hub, capsys):
     assert "goes on from there" in run(capsys, "pull", "user/repo:Q8_0", code=1)[1]
     assert "19.5 KiB of downloads that were cut off" in run(capsys, "ls")[1]
     assert as_json(capsys, "ls")["incomplete"][0]["size_bytes"] == 20_000
+    said = run(capsys, "rm", "user/repo", "--yes", code=2)[1]
+    assert "user/repo is not in" in said and "there are user/repo" not in said and ".incomplete" in said
+
+
+def test_a_split_model_that_was_cut_off_is_listed_counted_and_removed(hub, capsys):
+    real = hub.repos["user/repo"]["big/m-F16-00002-of-00002.gguf"]
+    path = Path(run(capsys, "pull", "user/repo:F16")[0].strip())
+    second = path.with_name("m-F16-00002-of-00002.gguf")
+    blob = second.resolve()
+    second.unlink(), blob.rename(blob.with_name(blob.name + ".incomplete")).write_bytes(real[:5_000])
+    row = as_json(capsys, "ls")["models"][len(BUNDLED)]
+    assert (row["name"], row["size_bytes"], row["parts"], row["missing_parts"]) == ("user/repo:F16", 30_000, 1, 1)
+    assert re.search(r"user/repo:F16 +F16 +29.3 KiB, 1 of 2 parts +/", run(capsys, "ls")[0])
+    checked = doctor.hub_folder()
+    assert checked.data["used_bytes"] == 30_000 and (checked.data["models"], checked.data["partial_models"]) == (0, 1) and checked.status == "note"
+    assert hub_cache.find(hub_names.parse("user/repo:F16")) is None, "half a model is none"
+    done = as_json(capsys, "rm", "user/repo:F16", "-y")
+    assert done == {"removed": ["user/repo:F16"], "freed_bytes": 30_000} and not path.exists()
+    run(capsys, "pull", "user/repo:F16")
+    second.unlink()
+    err = run(capsys, "rm", "user/repo", "-y")[1]
+    assert "user/repo:F16  big/m-F16-00001-of-00002.gguf  29.3 KiB, 1 of 2 parts" in err and not path.exists()
+
+
+def test_two_files_of_one_quantisation_are_named_by_their_files(hub, capsys):
+    hub.repos["user/two"] = {"a-Q8_0.gguf": TINY, "b-Q8_0.gguf": TINY + b"\0"}
+    for name in ("a-Q8_0.gguf", "b-Q8_0.gguf"):
+        said = run(capsys, "pull", f"user/two:{name}")[1]
+        assert said.splitlines()[-1] == f"user/two:{name} is here; to use it: -m user/two:{name}"
+    rows = as_json(capsys, "ls")["models"][len(BUNDLED) :]
+    assert [row["name"] for row in rows] == ["user/two:a-Q8_0.gguf", "user/two:b-Q8_0.gguf"]
+    assert [model["name"] for model in as_json(capsys, "pull", "--list", "user/two")["models"]] == [row["name"] for row in rows]
+    for row in rows:
+        assert as_json(capsys, "show", row["name"])["file"] == row["path"]
+
+
+def test_the_address_of_another_revision_is_refused(hub, capsys):
+    said = run(capsys, "pull", "https://hf.co/user/repo/resolve/v9/m-Q8_0.gguf", code=2)[1]
+    assert "names revision v9 of user/repo, and only branch main is fetched" in said and said.count("\n") == 1 and hub.requests == []
 
 
 def test_m_takes_the_hubs_names_and_fetches_once(hub, capsys, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from . import hub_cache, machine
 from .child_process import module_command, module_environment
 from .errors import EngineError, StorageError
 from .gguf_file import printable
-from .sizes import format_bytes
+from .sizes import counted, format_bytes
 from .tiers.directory import check_base, default_base, stale
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -112,20 +112,25 @@ def cores() -> Check:
 def hub_folder() -> Check:
     """The hub's cache: models, their bytes, and downloads that were cut off."""
     folder = hub_cache.cache_dir()
-    models = hub_cache.cached_models()
-    used, cut_off = sum(c.model.size_bytes or 0 for c in models), hub_cache.incomplete()
+    found = hub_cache.cached_models(whole=False)
+    models, partial = [c for c in found if not c.model.missing], [c for c in found if c.model.missing]
+    used, cut_off = sum(c.model.size_bytes or 0 for c in found), hub_cache.incomplete()
     package = _version("huggingface_hub")
     data = {
-        "path": str(folder), "models": len(models), "used_bytes": used, "incomplete_bytes": sum(size for _, size in cut_off),
+        "path": str(folder), "models": len(models), "partial_models": len(partial), "used_bytes": used, "incomplete_bytes": sum(size for _, size in cut_off),
         "huggingface_hub": package, "free_bytes": machine.free_disk_bytes(folder),
     }  # fmt: skip
-    text = f"{folder}: {len(models)} GGUF model{'' if len(models) == 1 else 's'}, {format_bytes(used)}"
+    text = f"{folder}: {counted(len(models), 'GGUF model')}, {format_bytes(used)}"
+    if partial:
+        text += f" with the parts of {counted(len(partial), 'split model')} that lack{'s' if len(partial) == 1 else ''} others ({partial[0].reference})"
     if package is None:
         return Check("hub", NOTE, f"{text}; models cannot be fetched by name without huggingface_hub", "pip install huggingface_hub", data)
     if cut_off:
         left = format_bytes(data["incomplete_bytes"])
         return Check("hub", NOTE, f"{text}; {left} of downloads that were cut off: pull the same name again, or delete them",
                      "rm " + " ".join(_quoted(path) for path, _ in cut_off[:3]), data)  # fmt: skip
+    if partial:
+        return Check("hub", NOTE, text, f"zoomr models pull {partial[0].reference} (or zoomr models rm)", data)
     return Check("hub", OK, text, data=data)
 
 

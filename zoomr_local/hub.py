@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from . import hub_cache
 from .errors import ModelError, StorageError, UsageError
 from .gguf_file import checked_path, printable
-from .hub_names import Listed, Reference, listed, matching, order, parse, pick
+from .hub_names import Listed, Reference, listed, matching, order, parse, pick, title
 from .sizes import counted, format_bytes
 
 INSTALL = "pip install huggingface_hub"
@@ -96,7 +96,9 @@ def pull(reference: Reference, say: Say, progress: bool = True) -> Pulled:
     """
     _require(reference)
     hub = _library(reference)
-    model = pick(repo_models(reference.repo), reference, f"on {endpoint()}")
+    there = repo_models(reference.repo)
+    model = pick(there, reference, f"on {endpoint()}")
+    name = Reference(reference.repo, title(model, [*there, *(c.model for c in hub_cache.cached_models(reference.repo))]))
     _check_names(reference, model)
     folder = hub_cache.repo_dir(reference.repo)
     if not progress:
@@ -105,11 +107,11 @@ def pull(reference: Reference, say: Say, progress: bool = True) -> Pulled:
     with _explained(hub, reference), _disk_errors(folder, model):
         wanted = [_Blob.of(hub, reference.repo, file, folder) for file in model.files]
         missing = sum(blob.missing_bytes for blob in wanted)
-        _check_room(folder, model, missing)
+        _check_room(folder, name, missing)
         if missing:
             here = f"; {format_bytes((model.size_bytes or missing) - missing)} of it are here" if missing != model.size_bytes else ""
             size = format_bytes(model.size_bytes or missing)
-            say(f"fetching {reference.repo}:{model.title} from {endpoint()}: {_files_text(model)}, {size}{here}, to {hub_cache.cache_dir()}")
+            say(f"fetching {name} from {endpoint()}: {_files_text(model)}, {size}{here}, to {hub_cache.cache_dir()}")
         for blob in wanted:
             try:
                 fetched += blob.fetch(hub)
@@ -119,7 +121,7 @@ def pull(reference: Reference, say: Say, progress: bool = True) -> Pulled:
             # makes the name of the blob; asks the hub once more, and is the place where a library's cache may change
             path = hub.hf_hub_download(reference.repo, blob.file, cache_dir=str(hub_cache.cache_dir()), endpoint=endpoint())
             first = first or Path(path)
-    return Pulled(Reference(reference.repo, model.title), model, first, fetched)
+    return Pulled(name, model, first, fetched)
 
 
 @dataclass
@@ -209,13 +211,13 @@ def _lock(file: Any, name: str) -> None:
         pass  # a file system without locks
 
 
-def _check_room(folder: Path, model: Listed, missing_bytes: int) -> None:
+def _check_room(folder: Path, name: Reference, missing_bytes: int) -> None:
     from .machine import free_disk_bytes
 
     free = free_disk_bytes(folder)
     if free is not None and free < missing_bytes:
         raise StorageError(
-            f"{model.title} needs {format_bytes(missing_bytes)} more, {hub_cache.cache_dir()} has {format_bytes(free)} free;"
+            f"{name} needs {format_bytes(missing_bytes)} more, {hub_cache.cache_dir()} has {format_bytes(free)} free;"
             " make room (`zoomr models ls`, `zoomr models rm`), or name another disk with HF_HOME"
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ModelError, StorageError
-from .hub_names import Listed, Reference, listed, matching, order, pick
+from .hub_names import Listed, Reference, choose, listed, matching, order, pick, title
 
 _PREFIX = "models--"
 INCOMPLETE = ".incomplete"
@@ -23,17 +23,18 @@ INCOMPLETE = ".incomplete"
 
 @dataclass(frozen=True)
 class Cached:
-    """A model in the cache: of which repository and commit, and where its first file is."""
+    """A model in the cache: of which repository and commit, where its first file is, and what tells it from the repository's others."""
 
     repo: str
     commit: str
     model: Listed
     path: Path
+    tag: str
 
     @property
     def reference(self) -> Reference:
         """What to give with -m."""
-        return Reference(self.repo, self.model.title)
+        return Reference(self.repo, self.tag)
 
 
 def cache_dir() -> Path:
@@ -59,39 +60,41 @@ def cached_repos() -> list[str]:
     return sorted(repo for repo in repos if "/" in repo)
 
 
-def cached_models(repo: str | None = None) -> list[Cached]:
-    """The GGUF models in the cache, of one repository or of all; of each the newest commit that has it."""
-    found: list[Cached] = []
-    for name in [repo] if repo else cached_repos():
-        seen: set[tuple[str, ...]] = set()
-        of_repo = []
-        for snapshot in _snapshots(repo_dir(name)):
-            for model in listed(_sizes(snapshot)):
-                if model.missing or model.files in seen:
-                    continue
-                seen.add(model.files)
-                of_repo.append(Cached(name, snapshot.name, model, snapshot / model.files[0]))
-        found += of_repo
-    return found
+def cached_models(repo: str | None = None, whole: bool = True) -> list[Cached]:
+    """The GGUF models in the cache, of one repository or of all; of each the newest commit that has it.
+
+    ``whole``: only those that can be loaded. Else also those that lack parts, as a split model does whose download was cut off."""
+    found = [cached for name in ([repo] if repo else cached_repos()) for cached in _of_repo(name)]
+    return [cached for cached in found if not (whole and cached.model.missing)]
 
 
-def find(reference: Reference) -> Cached | None:
+def _of_repo(repo: str) -> list[Cached]:
+    """Those of one repository. Some parts of a model that another commit has more of are not named apart."""
+    there: list[tuple[Path, Listed]] = []
+    for snapshot in _snapshots(repo_dir(repo)):
+        there += [(snapshot, model) for model in listed(_sizes(snapshot)) if all(model.files != other.files for _, other in there)]
+    kept = [(at, model) for at, model in there if not any(set(model.files) < set(other.files) for _, other in there)]
+    models = [model for _, model in kept]
+    return [Cached(repo, at.name, model, at / model.files[0], title(model, models)) for at, model in kept]
+
+
+def find(reference: Reference, whole: bool = True) -> Cached | None:
     """The cached model that ``reference`` means, or None; without a tag the preferred one of those that are there.
 
-    Raises ModelError if it means several.
+    ``whole``: as for `cached_models`. Raises ModelError if it means several.
     """
-    cached = cached_models(reference.repo)
+    cached = cached_models(reference.repo, whole)
     models = sorted({c.model for c in cached}, key=order)
     if not matching(models, reference.tag):
         return None
-    chosen = pick(models, reference, "in the cache")
+    chosen = (pick if whole else choose)(models, reference, "in the cache")
     return next(c for c in cached if c.model == chosen)
 
 
-def incomplete() -> list[tuple[Path, int]]:
-    """Parts of downloads that were cut off, with their sizes in bytes."""
+def incomplete(repo: str | None = None) -> list[tuple[Path, int]]:
+    """Files, of one repository or of all, whose download was cut off or is under way, with their sizes in bytes."""
     found = []
-    for repo in cached_repos():
+    for repo in [repo] if repo else cached_repos():
         for path in _parts(repo):
             try:
                 found.append((path, path.stat().st_size))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .gguf_file import printable
 from .sizes import counted, format_bytes
 
@@ -18,7 +18,8 @@ PREFERRED = "Q4_K_M"
 
 _PREFERRED_BITS = 4
 _HOST = re.compile(r"^(?:hf:/{1,2}|(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/)")
-_IN_REPO = re.compile(r"^([^/]+/[^/]+)/(?:resolve|blob)/[^/]+/(.+\.gguf)(?:\?.*)?$")
+_IN_REPO = re.compile(r"^([^/]+/[^/]+)/(resolve|blob|tree)/([^/?]+)/?([^?]*)(?:\?.*)?$")
+_BRANCH = "main"
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.IGNORECASE)
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|FP?16|FP?32|MXFP4\w*|NVFP4\w*))$", re.IGNORECASE)
@@ -52,22 +53,40 @@ class Listed:
     quant: str | None
     missing: int = 0
 
-    @property
-    def title(self) -> str:
-        """What to write behind the colon to get it; safe to print."""
-        return self.quant or printable(self.files[0])
+
+def title(model: Listed, among: Iterable[Listed]) -> str:
+    """What to write behind the colon to get ``model`` and no other of ``among``; safe to print."""
+    alone = all(other.quant != model.quant or other.files == model.files for other in among)
+    return model.quant if model.quant and alone else printable(model.files[0])
 
 
 def parse(text: str) -> Reference | None:
-    """``user/repo[:quant]``, also as an address of the hub; None for what can only be a path."""
+    """``user/repo[:quant]``, also as an address of the hub; None for what can only be a path.
+
+    Raises UsageError for the address of another revision than the branch main, which is the one that is fetched, and for that of a folder.
+    """
     short = _HOST.sub("", text)
     inside = _IN_REPO.match(short) if short != text else None
     if inside:
-        return Reference(inside.group(1), inside.group(2))
+        return _inside(*inside.groups())
     name, colon, tag = short.rstrip("/").partition(":")
     if not _REPO.fullmatch(name) or (colon and not tag) or (name.lower().endswith(".gguf") and short == text):
         return None
     return Reference(name, tag or None)
+
+
+def _inside(repo: str, what: str, revision: str, path: str) -> Reference | None:
+    """What the address of a file or folder in a repository means."""
+    if revision != _BRANCH:
+        raise UsageError(
+            f"the address names revision {printable(revision)} of {printable(repo)}, and only branch {_BRANCH} is fetched; write /{_BRANCH}/ in its place,"
+            " or download the file and give its path"
+        )
+    if what == "tree" and path:
+        raise UsageError(f"the address names a folder of {printable(repo)}; `zoomr models pull --list {printable(repo)}` lists the models, to name one as user/repo:quant")
+    if what == "tree":
+        return Reference(repo)
+    return Reference(repo, path) if path.endswith(".gguf") else None
 
 
 def quant_of(file: str) -> str | None:
@@ -124,7 +143,15 @@ def matching(models: Iterable[Listed], tag: str | None) -> list[Listed]:
 
 
 def pick(models: Iterable[Listed], reference: Reference, where: str) -> Listed:
-    """The model that ``reference`` means. Raises ModelError that names what there is; ``where`` is for its text."""
+    """The model that ``reference`` means, with all its parts. Raises ModelError that names what there is; ``where`` is for its text."""
+    found = choose(models, reference, where)
+    if found.missing:
+        raise ModelError(f"{reference.repo} lacks {counted(found.missing, 'part')} of {printable(found.files[0])} {where}")
+    return found
+
+
+def choose(models: Iterable[Listed], reference: Reference, where: str) -> Listed:
+    """As `pick`, but parts of the model may be missing."""
     models = list(models)
     if not models:
         raise ModelError(f"{reference.repo} has no GGUF model {where}; look for a repository whose name ends in -GGUF")
@@ -134,15 +161,13 @@ def pick(models: Iterable[Listed], reference: Reference, where: str) -> Listed:
     if len(found) > 1:
         files = ", ".join(printable(model.files[0]) for model in found)
         raise ModelError(f"{reference} means {len(found)} models: {files}; name one of them, as in {reference.repo}:{printable(found[0].files[0])}")
-    if found[0].missing:
-        raise ModelError(f"{reference.repo} lacks {counted(found[0].missing, 'part')} of {printable(found[0].files[0])} {where}")
     return found[0]
 
 
 def names(models: Iterable[Listed]) -> str:
     """``Q4_K_M (4.7 GiB), Q8_0 (8.1 GiB)``."""
     models = list(models)
-    shown = [printable(m.title) + ("" if m.size_bytes is None else f" ({format_bytes(m.size_bytes)})") for m in models[:_MOST_NAMED]]
+    shown = [title(m, models) + ("" if m.size_bytes is None else f" ({format_bytes(m.size_bytes)})") for m in models[:_MOST_NAMED]]
     return ", ".join(shown) + (f" and {len(models) - _MOST_NAMED} more" if len(models) > _MOST_NAMED else "")
 
 
