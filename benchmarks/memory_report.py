@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import depth_name, met, number, ratio, spread, table, with_spread
+from benchmarks.report import INTERVAL, depth_name, interval_text, number, ratio, spread, table, verdict, with_spread
 
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 MIB = 1 << 20
@@ -165,12 +165,10 @@ def claim_table(claims: list[dict[str, Any]]) -> str:
     for claim in claims:
         scale, unit = (100, " %") if claim.get("percent") else (1, "")
         value = with_spread(claim, scale, unit) if claim["min"] != claim["max"] else f"{number(scale * claim['median'])}{unit}"
-        goal, verdict = "-", ""
-        if claim["target"] is not None:
-            sense = {">=": "at least", "<=": "at most"}[claim["sense"]]
-            goal, verdict = f"{sense} {number(scale * claim['target'])}{unit}", "met" if met(claim) else "**not met**"
-        rows.append([claim["claim"], value, goal, verdict])
-    return table(["what", "measured", "target", ""], rows)
+        sense = {">=": "at least", "<=": "at most"}[claim["sense"]]
+        goal = "-" if claim["target"] is None else f"{sense} {number(scale * claim['target'])}{unit}"
+        rows.append([claim["claim"], value, interval_text(claim, scale, unit), goal, verdict(claim)])
+    return table(["what", "measured", INTERVAL, "target", ""], rows)
 
 
 def count(number_of: int, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 STOCK = ("stock, FA on", "stock, FA off")
 OURS = "zoomr"
+INTERVAL = "95 % of the median"
+"""The heading over `interval_text`."""
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -58,6 +61,37 @@ def met(claim: dict[str, Any]) -> bool:
     return claim["median"] >= claim["target"] if claim["sense"] == ">=" else claim["median"] <= claim["target"]
 
 
+def median_interval(values: list[float]) -> tuple[float, float] | None:
+    """The narrowest pair of order statistics, as far from either end, that holds the median of what ``values`` are drawn from
+    in at least 95 % of all samples; None for fewer than 6 values, whose least and greatest hold it less often."""
+    n, k, below = len(values), 0, 0.5 ** len(values)  # below: the chance that at most k of them are under the median
+    while below <= 0.025 and k < n:
+        k += 1
+        below += math.comb(n, k) / 2**n
+    ordered = sorted(values)
+    return (ordered[k - 1], ordered[n - k]) if k else None
+
+
+def verdict(claim: dict[str, Any]) -> str:
+    """``met`` or not if the whole interval of the median lies on one side of the target, else ``not shown``; of a figure that has no rounds, by itself.
+    Empty without a target."""
+    if claim["target"] is None:
+        return ""
+    if "values" not in claim:
+        return "met" if met(claim) else "**not met**"
+    interval = median_interval(claim["values"])
+    if interval is None:
+        return f"**not shown**: {len(claim['values'])} rounds have no 95 % interval"
+    ends = [met({**claim, "median": end}) for end in interval]
+    return "met" if all(ends) else "**not shown**" if any(ends) else "**not met**"
+
+
+def interval_text(claim: dict[str, Any], scale: float = 1.0, unit: str = "") -> str:
+    """``low to high``, of the median; a dash where it has no interval."""
+    interval = median_interval(claim.get("values", []))
+    return "-" if interval is None else " to ".join(number(scale * end) for end in interval) + unit
+
+
 def number(value: float) -> str:
     """Three significant digits without an exponent."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -95,12 +129,9 @@ def claim_table(result: dict[str, Any]) -> str:
     for claim in result["claims"]:
         scale, unit = (100, " %") if claim.get("percent") else (1, "")
         sense = {">=": "at least", "<=": "at most"}[claim["sense"]]
-        goal, verdict = "-", ""
-        if claim["target"] is not None:
-            goal = f"{sense} {number(scale * claim['target'])}{unit}"
-            verdict = "met" if met(claim) else "**not met**"
-        rows.append([claim["claim"], with_spread(claim, scale, unit), goal, verdict])
-    return table(["what", "median (least to greatest round)", "target", ""], rows)
+        goal = "-" if claim["target"] is None else f"{sense} {number(scale * claim['target'])}{unit}"
+        rows.append([claim["claim"], with_spread(claim, scale, unit), interval_text(claim, scale, unit), goal, verdict(claim)])
+    return table(["what", "median (least to greatest round)", INTERVAL, "target", ""], rows)
 
 
 def share_table(result: dict[str, Any]) -> str:

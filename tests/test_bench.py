@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -150,6 +151,13 @@ def test_the_meter_takes_its_own_time_from_the_machines(monkeypatch):
     monkeypatch.setattr(bench_meter, "machine_cpu_seconds", lambda: next(machine))
     monkeypatch.setattr(bench_meter, "process_cpu_seconds", lambda _pid: next(own))
     assert bench_meter.Meter().stop().others_seconds == 1.0
+
+
+def test_time_that_the_hypervisor_gave_away_is_not_idle_time(monkeypatch):
+    """Steal (the eighth number) slows a measurement as a process would; idle and waiting for a disk do not."""
+    busy, tick = [1, 2, 3, 1000, 1000, 4, 5, 600, 70, 80], os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(bench_meter.Path, "read_text", lambda _path: f"cpu  {' '.join(map(str, busy))}\ncpu0 0 0\n")
+    assert bench_meter.machine_cpu_seconds() == (1 + 2 + 3 + 4 + 5 + 600) / tick
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU time of others is told by /proc")

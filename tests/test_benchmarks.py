@@ -94,6 +94,32 @@ def test_claims_are_paired_by_round() -> None:
     assert "FA off" in best["claim"] and all(report.met(c) for c in (flat, on, best))
 
 
+@pytest.mark.parametrize(("n", "ends"), [(0, None), (5, None), (6, (1, 6)), (8, (1, 8)), (9, (2, 8)), (15, (4, 12)), (20, (6, 15))])
+def test_the_interval_of_a_median_is_that_of_the_tables(n: int, ends: tuple[int, int] | None) -> None:
+    """Ranks of the two-sided sign test at 5 %; 15 rounds: 96.5 %."""
+    assert report.median_interval([float(v) for v in range(n, 0, -1)]) == ends
+
+
+@pytest.mark.parametrize(("sense", "target", "said"), [
+    ("<=", 1.05, "**not shown**"), ("<=", 12.0, "met"), ("<=", 11.9, "**not shown**"), ("<=", 3.9, "**not met**"), ("<=", 4.0, "**not shown**"),
+    (">=", 4.0, "met"), (">=", 4.1, "**not shown**"), (">=", 12.1, "**not met**"), (">=", None, ""),
+])  # fmt: skip
+def test_a_bar_inside_the_interval_is_neither_met_nor_missed(sense: str, target: float | None, said: str) -> None:
+    """1 to 15: the median is 8, its interval 4 to 12."""
+    values = [0.95 + 0.02 * v for v in range(15)] if target == 1.05 else [float(v) for v in range(1, 16)]
+    claim = {**report.spread(values), "claim": "x", "sense": sense, "target": target}
+    assert report.verdict(claim) == said
+    assert report.claim_table({"claims": [claim]}).endswith(f"| {said} |")
+    if target == 4.0:
+        assert "| x | 8 (1 to 15) | 4 to 12 |" in report.claim_table({"claims": [claim]})
+
+
+def test_few_rounds_show_nothing_and_a_figure_without_rounds_stands_for_itself() -> None:
+    few = {**report.spread([1.0] * 5), "claim": "x", "sense": "<=", "target": 2.0}
+    assert report.verdict(few) == "**not shown**: 5 rounds have no 95 % interval"
+    assert report.verdict({"claim": "x", "median": 1.0, "sense": "<=", "target": 2.0}) == "met"
+
+
 def test_figures_in_the_docs_are_those_of_the_results() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("speed-*.json"))
     text = (ROOT / "docs" / "benchmarks.md").read_text()

@@ -34,13 +34,14 @@ def process_cpu_seconds(pid: int) -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """CPU seconds that all processes of the machine have used since boot; 0 where /proc is missing."""
+    """CPU seconds since boot that were not this machine's to use freely: those of all its processes, and those that its hypervisor
+    gave to other machines while somebody here wanted to compute (steal: it slows a measurement as a process does). 0 where /proc is missing."""
     try:
         fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except OSError:
         return 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, _steal = fields
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def load_average() -> float:
