@@ -2,6 +2,7 @@
 
 `Trace` keeps the few numbers a drawing needs from an event stream; `draw` makes the text. Time runs to the
 right, a thought is a row. Pure: no terminal, no model. `demo.py` calls it, and `view_draw.py` for recorded traces.
+What models say is shown without the characters that a terminal would obey.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from rich.text import Text
 
 from zoomr_local.events import BlockClosed, Event, PagedIn, PagedOut, Refreshed, TokenDecoded, TokenInjected
 
+from .chat_view import visible
+
 AWAY, KEPT, WRITTEN, ZOOMED = range(4)  # in ascending order of what wins when a column covers several
 _LABEL_COLUMNS = 26
 _MOST_ROWS = 24
+_TURNING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C])
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,11 @@ class Trace:
         return self.resident[-1][0] + 1 if self.resident else 0
 
 
+def shown(text: str) -> str:
+    """``text`` without what a terminal would obey, nor what would turn the order of its characters around."""
+    return visible(text).translate(_TURNING)
+
+
 def draw(trace: Trace, width: int, glyphs: Glyphs = UNICODE, most_rows: int = _MOST_ROWS) -> Text:
     """The drawing, at most ``width`` columns wide: a row a block (the first ``most_rows``), then the cells in use."""
     columns = max(10, width - _LABEL_COLUMNS - 8)
@@ -145,7 +154,7 @@ def _edges(trace: Trace, columns: int) -> list[int]:
 
 
 def _label(number: int, block: BlockClosed) -> str:
-    words = " ".join(block.label.split())
+    words = " ".join(shown(block.label).split())
     if block.kind != "thought":
         words = f"({block.kind}) {words}"
     room = _LABEL_COLUMNS - 5

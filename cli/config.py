@@ -56,7 +56,10 @@ def show(context: typer.Context, command: Command = None, origin: WithOrigin = F
     rows = _rows(found, [command] if command else list(found.commands), model and str(model))
     if as_json:
         files = [_source_dict(source) for source in found.config.sources]
-        print(json.dumps({"settings": rows, "markers": found.config.markers, "files": files}, default=str))
+        try:
+            print(json.dumps({"settings": rows, "markers": found.config.markers, "files": files}, default=str, allow_nan=False))
+        except ValueError:
+            raise UsageError("[[markers]] of your file (`zoomr config path`) hold a number that is not finite, for which JSON has no word; remove it") from None
         return
     _print(rows, origin, None if command else len(found.commands))
     if found.config.markers:

@@ -186,8 +186,10 @@ def _show_problem(console: Console, run: Run, problems: list[Problem]) -> None:
 
 
 def _short(text: str) -> str:
-    """``text`` on one line; a long one without its middle, as a question's point stands at its end."""
-    words = " ".join(text.split())
+    """``text`` on one line, safe to print; a long one without its middle, as a question's point stands at its end."""
+    from .blocks import shown
+
+    words = " ".join(shown(text).split())
     half = _MOST_CHARS // 2
     return words if len(words) <= _MOST_CHARS else f"{words[:half]} ... {words[-half:]}"
 

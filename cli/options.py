@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from zoomr_local.errors import UsageError
-from zoomr_local.sizes import parse_bytes
+from zoomr_local.sizes import parse_bytes, shortened
 
 _SMALL_MODEL_BYTES = 32 << 20
 _MODEL, _CACHE, _TIERS, _SELECT, _SAMPLE = "Model", "KV cache", "Tiers", "What is zoomed", "Sampling"
@@ -168,8 +168,8 @@ def token_count(flag: str, text: str) -> int:
     """A count of tokens: ``512``, ``4k`` (4096), ``1.5k``. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kK]?)\s*", text)
     value = float(match.group(1)) * (1024 if match.group(2) else 1) if match else 0.0
-    if value < 1 or value != int(value) or value >= 2**31:
-        raise UsageError(f"{flag} {text}: give a number of tokens, for example 512 or 4k")
+    if not 1 <= value < 2**31 or value != int(value):  # in this order: the float of hundreds of digits is infinite
+        raise UsageError(f"{flag} {shortened(text)}: give a number of tokens, for example 512 or 4k")
     return int(value)
 
 
@@ -258,7 +258,7 @@ def budget_count(text: str) -> int | None:
         try:
             parse_bytes(text)
         except UsageError:
-            raise UsageError(f"--kv-budget {text}: give a number of tokens (512, 4k), a size (512MiB), or auto") from None
+            raise UsageError(f"--kv-budget {shortened(text)}: give a number of tokens (512, 4k), a size (512MiB), or auto") from None
     return None
 
 

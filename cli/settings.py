@@ -6,6 +6,7 @@ and merging are `zoomr_local.config`. `main.py` makes its group of `ConfiguredGr
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -136,10 +137,13 @@ def converted(option: Any, setting: Setting) -> Any:
 
     value = _as_typed(option, setting)
     try:
-        return option.process_value(_context(option), value)
+        found = option.process_value(_context(option), value)
     except typer.BadParameter as error:
         shown = value if isinstance(value, str) else setting.value
         raise wrong(setting.origin, f"{setting.key} {shown}: {error.message[:1].lower()}{error.message[1:]}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise wrong(setting.origin, f"{setting.key} {found}: must be a finite number")
+    return found
 
 
 def _as_typed(option: Any, setting: Setting) -> Any:

@@ -14,11 +14,10 @@ from zoomr_local.events import BlockClosed
 from zoomr_local.trace_view import CELLS, DISK, LOOSE, LOST, RAM, WRITTEN, ZOOMED, cells_at
 
 from . import blocks
-from .chat_view import visible
+from .blocks import shown
 
 _STATE = {WRITTEN: blocks.WRITTEN, CELLS: blocks.KEPT, ZOOMED: blocks.ZOOMED, LOOSE: blocks.AWAY}
 _PLACE = {WRITTEN: "cache", CELLS: "cache", ZOOMED: "zoomed", RAM: "ram", DISK: "disk", LOST: "lost", LOOSE: "singly dropped"}
-_TURNING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C])
 _POINTS = 400  # of the line of cells: more than a terminal has columns
 
 
@@ -50,11 +49,6 @@ class PictureTrace(blocks.Trace):
     def end(self) -> int:
         """One past the last position."""
         return self._tokens
-
-
-def shown(text: str) -> str:
-    """``text`` without what a terminal would obey, nor what would turn the order of its characters around."""
-    return visible(text).translate(_TURNING)
 
 
 def label(row: dict[str, Any]) -> str:

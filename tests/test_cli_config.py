@@ -89,6 +89,23 @@ def test_a_variable_arrives_as_its_flag_would(user, received, monkeypatch, name,
     assert received[0][name.lower()] == value
 
 
+@pytest.mark.parametrize("text, said", [
+    ("temp = nan", "line 1: temp nan: must be a finite number"), ("[chat]\ntop-p = inf", "line 2: top-p inf: must be a finite number"),
+    ("[models.x]\nmin-p = '-inf'", "line 2: min-p -inf: must be a finite number"), ("[[markers]]\nname = 'x'\nopen = nan", "hold a number that is not finite"),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused_and_never_in_the_json(user, capsys, text, said):
+    user(text)
+    assert main(["config", "show", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+
+
+def test_a_variable_that_is_not_finite_is_refused(user, capsys, monkeypatch):
+    monkeypatch.setenv("ZOOMR_TEMP", "nan")
+    assert main(["config", "show", "--json"]) == 2
+    assert "ZOOMR_TEMP: temp nan: must be a finite number" in capsys.readouterr().err
+
+
 def test_a_table_of_a_command_is_for_that_command(user, received):
     user("temp = 0.5\n[chat]\ntemp = 0.9")
     main(["chat"])

@@ -110,6 +110,16 @@ def test_demo_prints_a_table_and_a_drawing_on_stdout(engine, capsys, monkeypatch
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_what_the_model_writes_cannot_command_the_terminal(engine, capsys, monkeypatch):
+    hostile = "4\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b2J\u202e"
+    monkeypatch.setattr(engine, "replies", dict.fromkeys((p["prompt"] for p in map(json.loads, demo_problems_path().read_text().splitlines())), hostile))
+    monkeypatch.setattr("fake_engine.BlockClosed", lambda *given: BlockClosed(*given[:4], hostile))
+    assert main(["demo", "-q"]) == 0
+    out, _ = capsys.readouterr()
+    assert "-> 4]52;c;ZXZpbA==[2J2J (" in out and "  1 4]52;c;ZXZp" in out
+    assert not {c for c in out if not c.isprintable()} - {"\n"}
+
+
 def test_demo_compares_the_policies_that_are_named(engine, capsys):
     assert main(["demo", "-q", "--policy", "recency", "--policy", "zoomr", "--kv-budget", "256"]) == 0
     out, _ = capsys.readouterr()

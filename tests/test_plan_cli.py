@@ -179,6 +179,8 @@ def with_number(data: bytes, key: str, value: int) -> bytes:
     (["--kv-budget", "3g"], "--kv-budget 3g: 1,572,864 cells"), (["--kv-budget", "many"], "a size (512MiB), or auto"),
     (["--kv-budget", "1KiB"], "--kv-budget 1KiB: 256 cells"), (["--kv-type", "q8_0", "--no-flash-attn"], "needs flash attention"),
     (["--kv-type", "q8_0", "--kv-page-type", "q8_0"], "needs --kv-type f16"), (["--kv-ram", "x"], "--kv-ram x"),
+    (["--ctx", "9" * 400], "9...: give a number of tokens"), (["--memory", "9" * 5000], "9...: that is more than any disk holds"),
+    (["--kv-budget", "9" * 400], "9...: give a number of tokens"), (["--kv-budget", "9" * 5000 + "g"], "9...: give a number of tokens (512, 4k), a size"),
 ])  # fmt: skip
 def test_wrong_flags_are_exit_code_2(capsys, words, said):
     out, err = run(capsys, *words, code=2)

@@ -22,6 +22,17 @@ def test_what_is_not_a_size_is_refused_with_the_flag(text):
         parse_bytes(text, "--kv-ram")
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "9" * 5000 + ".5g", "9" * 5000 + "TiB", "1" + "x" * 5000])
+def test_sizes_of_thousands_of_digits_are_refused_on_one_short_line(text):
+    with pytest.raises(UsageError, match=r"^--memory [19][9x]{56}\.\.\.: (that is more|give a size)"):
+        parse_bytes(text, "--memory")
+
+
+def test_zeros_in_front_and_the_largest_size_are_read_exactly():
+    assert parse_bytes("0" * 5000 + "1k") == 1024 and parse_bytes("000") == parse_bytes("0.0k") == 0
+    assert parse_bytes(str(2**62 - 1)) == 2**62 - 1
+
+
 @pytest.mark.parametrize("n_bytes, text", [
     (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (2**30, "1 GiB"),
     (2**20 - 1, "1 MiB"), (64 * 2**20, "64 MiB"), (int(1.25 * 2**30), "1.25 GiB"), (5000 * 2**40, "5000 TiB"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import ModelError, StorageError
+from .errors import StorageError
 from .hub_names import Listed, Reference, choose, listed, matching, order, pick, title
 
 _PREFIX = "models--"

@@ -15,6 +15,7 @@ UNITS = {
 """Bytes of each unit, in lower case. A single letter is binary, as in dd and llama.cpp; only KB, MB, GB, TB are decimal."""
 
 MOST_BYTES = 2**62
+_MOST_CHARS = 60
 
 
 def parse_bytes(text: str, flag: str = "size") -> int:
@@ -22,17 +23,25 @@ def parse_bytes(text: str, flag: str = "size") -> int:
 
     Raises UsageError naming ``flag`` for anything else, for a part of a byte and for 4 EiB and more.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*0*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match.group(2).lower()) if match else None
     if unit is None:
-        raise UsageError(f"{flag} {text}: give a size in bytes, for example 1GiB, 64MiB, 500MB or 1073741824")
+        raise UsageError(f"{flag} {shortened(text)}: give a size in bytes, for example 1GiB, 64MiB, 500MB or 1073741824")
     number = match.group(1)
-    size = float(number) * unit if "." in number else int(number) * unit
+    if float(number) <= MOST_BYTES:  # Python has no integers of more than some thousand digits
+        size = float(number) * unit if "." in number else int(number) * unit
+    else:
+        size = MOST_BYTES
     if size >= MOST_BYTES:
-        raise UsageError(f"{flag} {text}: that is more than any disk holds; give for example 8GiB")
+        raise UsageError(f"{flag} {shortened(text)}: that is more than any disk holds; give for example 8GiB")
     if "." in number and unit == 1:
-        raise UsageError(f"{flag} {text}: a number of bytes is whole; give for example 1GiB")
+        raise UsageError(f"{flag} {shortened(text)}: a number of bytes is whole; give for example 1GiB")
     return int(size)
+
+
+def shortened(text: str) -> str:
+    """What somebody typed, for an error of one line: a long one without its end."""
+    return text if len(text) <= _MOST_CHARS else f"{text[: _MOST_CHARS - 3]}..."
 
 
 def format_bytes(n_bytes: float) -> str:
