@@ -1,13 +1,13 @@
 """Recall of the tokens with most attention, ClusterKV's claim in its own terms: clusters against pages, blocks and controls.
 
     python -m benchmarks.recall -n 5                    # both bundled models; goes on where it was stopped
-    python -m benchmarks.recall -m zoomr-tiny -n 1      # one of them
+    python -m benchmarks.recall -m zoomr-tiny -n 1      # one of them; what its file already holds is neither measured again nor thrown away
     python -m benchmarks.recall_report                  # puts the result files into docs/recall.md
 
 The engine answers dev problems greedily in a per-head store with cells for everything, and the queries and keys of every
 token are recorded. At steps along the reply each selector then gets the same keys and the same budget, and what it selects
 is compared with the true attention. Keys of a model's later tokens do not depend on a selection here: nothing is evicted.
-Writes benchmarks/results/recall-MODEL.json after every problem.
+Writes benchmarks/results/recall-MODEL.json after every problem; each has the date, the commit and the command that it was measured with.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ FINE = HeadSettings(prefill_cluster_tokens=PAGE_TOKENS, clusters_added=320 // PA
 """As many clusters as there are pages."""
 
 BY_QUERY = ("clusters", "clusters of 16", "clusters at once", "pages", "pages, kept", "blocks of 16", "blocks of 32")
-CONTROLS = ("newest", "random", "best")
+CONTROLS = ("newest", "random", "best", "most")
 """What is compared; the second group needs no query, or knows the answer."""
+ONLY_IN = {"best": "recall", "most": "mass"}
+"""The two that know the answer, each by the measure that nothing can beat it in; the other measure says nothing of it."""
 
 
 # ---------------------------------------------------------------- a recorded reply
@@ -146,9 +148,19 @@ def most_in_all(logits: np.ndarray, n_kv_head: int, budget_tokens: int) -> np.nd
     n_head, n = logits.shape
     rank = np.argsort(np.argsort(-logits, axis=1, kind="stable"), axis=1, kind="stable")
     votes = (rank < budget_tokens).reshape(n_kv_head, n_head // n_kv_head, n).sum(axis=1)
-    order = np.argsort(-votes, axis=1, kind="stable")
-    selected = np.zeros((n_kv_head, n), bool)
-    np.put_along_axis(selected, order[:, :budget_tokens], True, axis=1)
+    return _greatest(votes, budget_tokens)
+
+
+def most_held(logits: np.ndarray, n_kv_head: int, budget_tokens: int) -> np.ndarray:
+    """bool [n_kv_head, n]: the tokens with most attention in the mean over the query heads of a KV head. No selection of as many holds more."""
+    attention = softmax(logits)
+    return _greatest(attention.reshape(n_kv_head, -1, attention.shape[1]).mean(axis=1), budget_tokens)
+
+
+def _greatest(scores: np.ndarray, count: int) -> np.ndarray:
+    """bool, as ``scores``: the ``count`` greatest of each row, of equal ones the first."""
+    selected = np.zeros(scores.shape, bool)
+    np.put_along_axis(selected, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
     return selected
 
 
@@ -197,7 +209,7 @@ class Selectors:
             return np.tile(np.arange(self.step) >= self.step - budget, (n_kv, 1))
         if name == "random":
             return np.argsort(self.rng.random((n_kv, self.step)), axis=1) < budget
-        return most_in_all(logits, n_kv, budget)
+        return (most_held if name == "most" else most_in_all)(logits, n_kv, budget)
 
 
 # ---------------------------------------------------------------- measuring
@@ -227,6 +239,8 @@ def measure(trace: Trace, budgets: Sequence[int] = BUDGETS, steps: Sequence[int]
                 sums.setdefault((name, budget, whose), []).append(rates)
         for (name, budget, whose), rates in sums.items():
             for measure_name, value in zip(("recall", "mass"), np.mean(rates, axis=0), strict=True):
+                if ONLY_IN.get(name, measure_name) != measure_name:
+                    continue
                 rows = found[measure_name].setdefault(name, {}).setdefault(str(budget), {}).setdefault(whose, [])
                 rows.append(round(float(value), 5))
     return found
@@ -248,9 +262,9 @@ def _all(selectors: Selectors, logits: np.ndarray, budgets: Sequence[int]) -> It
 def run(name: str, n: int, families: Sequence[str] | None, folder: Path, command: str) -> Path:
     """Measure ``n`` dev problems a family with one model, those of its result file excepted; the file."""
     path = options.model_path(Path(name))
-    model = Model.open(path)
+    model, now = Model.open(path), {"date": datetime.date.today().isoformat(), "commit": commit(), "command": command}
     try:
-        result = begun(folder / f"recall-{path.stem}.json", model_fingerprint(path), command)
+        result = begun(folder / f"recall-{path.stem}.json", model_fingerprint(path))
         suite = bundled_suite(families, n, 0, None, "dev", None)
         total = sum(map(len, suite.problems.values()))
         for family, problems in suite.problems.items():
@@ -259,22 +273,21 @@ def run(name: str, n: int, families: Sequence[str] | None, folder: Path, command
                     continue
                 trace = record(model, model.tokenize(model.render(problem.messages)), suite.max_tokens[family])
                 steps = list(trace.steps())
-                row = {"family": family, "id": str(problem.id), "prompt_tokens": trace.prompt_tokens, "tokens": len(trace.queries), "steps": len(steps)}
+                row = {**now, "family": family, "id": str(problem.id), "prompt_tokens": trace.prompt_tokens, "tokens": len(trace.queries), "steps": len(steps)}
                 if steps:
                     row |= measure(trace, steps=steps)
                 result["problems"].append(row)
                 write(folder / f"recall-{path.stem}.json", result)
                 tell(f"{path.stem}: {len(result['problems'])} of {total} problems")
-        write(folder / f"recall-{path.stem}.json", result)
     finally:
         model.close()
     return folder / f"recall-{path.stem}.json"
 
 
-def begun(path: Path, model: dict[str, Any], command: str) -> dict[str, Any]:
-    """The result to go on with: the file's, or an empty one if there is none or it is of another model or other settings."""
+def begun(path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """The result to go on with: the file's as it is, or an empty one if there is none or it is of another model or other settings."""
     fresh = {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "command": command, "model": model, "versions": versions.versions(),
+        "model": model, "versions": versions.versions(),
         "asked": {"split": "dev", "seed": 0, "budgets": list(BUDGETS), "first_step": FIRST_STEP, "every": EVERY}, "problems": [],
     }  # fmt: skip
     try:
@@ -284,7 +297,7 @@ def begun(path: Path, model: dict[str, Any], command: str) -> dict[str, Any]:
         return fresh
     if not same:
         tell(f"{path.name} is of another model or other settings: measured anew")
-    return {**held, "command": command} if same else fresh
+    return held if same else fresh
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

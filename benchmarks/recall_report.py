@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recall import BY_QUERY, CONTROLS, RESULTS
+from benchmarks.recall import BY_QUERY, CONTROLS, ONLY_IN, RESULTS
 from benchmarks.report import table
 from zoomr_local.errors import UsageError, ZoomrError
 from zoomr_local.evaluate_report import require_matplotlib
@@ -36,6 +36,12 @@ AGAINST = "pages"
 COMPARED = ("clusters", "clusters of 16", "clusters at once", "pages, kept", "blocks of 16", "blocks of 32")
 
 Result = Mapping[str, Any]
+
+
+def selectors(result: Result, measure: str) -> list[str]:
+    """What has this measure in every problem, in the tables' order. Earlier files have no `most`; their share of attention that `best` holds is of no use."""
+    rows = [row[measure] for row in result["problems"] if measure in row]
+    return [name for name in (*BY_QUERY, *CONTROLS) if ONLY_IN.get(name, measure) == measure and all(name in row for row in rows)]
 
 
 def by_problem(result: Result, measure: str, name: str, budget: int, whose: str = "own", layers: slice = slice(DENSE_LAYERS, None)) -> np.ndarray:
@@ -97,6 +103,16 @@ def verdict(result: Result, measure: str, name: str, whose: str = "own", other: 
     return "; ".join(f"{what} at {', '.join(at)}" for what, at in found.items() if at)
 
 
+def measured(result: Result) -> str:
+    """When, of which commit and by which command the problems were measured; of each start by itself where they differ."""
+    starts: dict[tuple[str, str, str], int] = {}
+    for row in result["problems"]:
+        start = row["date"], row["commit"], "command not recorded" if row["command"] is None else f"`{row['command']}`"
+        starts[start] = starts.get(start, 0) + 1
+    said = [(f"{date}, commit {commit}, {command}", count) for (date, commit, command), count in starts.items()]
+    return f"{said[0][0]}." if len(said) == 1 else f"Measured in {len(said)} starts: {'; '.join(f'{count} problems on {text}' for text, count in said)}."
+
+
 def text_of(result: Result) -> str:
     """The tables of one model."""
     rows = [row for row in result["problems"] if "recall" in row]
@@ -121,12 +137,12 @@ def text_of(result: Result) -> str:
     ]
     return "\n\n".join([
         f"### {model['file'].removesuffix('.gguf')}",
-        f"{result['date']}, commit {result['commit']}, `{result['command']}`. n = {len(rows)} {asked['split']} problems ({', '.join(dict.fromkeys(row['family'] for row in rows))}) of "
+        f"{measured(result)} n = {len(rows)} {asked['split']} problems ({', '.join(dict.fromkeys(row['family'] for row in rows))}) of "
         f"{min(tokens):,} to {max(tokens):,} tokens, {steps} steps in all.{left_out} Model {model['file']}, SHA-256 of {model['hashed']} {model['sha256'][:16]}.",
         "More or less is said where the whole interval of the paired difference lies on one side of 0" + (few if len(rows) < FEW else "") + ":", "\n".join(said),
-        "**Recall of the B tokens with most attention, %, by the token's own query**", levels(result, "recall", (*BY_QUERY, *CONTROLS)), differences(result, "recall"),
+        "**Recall of the B tokens with most attention, %, by the token's own query**", levels(result, "recall", selectors(result, "recall")), differences(result, "recall"),
         "**Recall, %, by the query of the token before**", levels(result, "recall", BY_QUERY, "before"),
-        "**Attention that the selection holds, %, by the token's own query**", levels(result, "mass", (*BY_QUERY, *CONTROLS)), differences(result, "mass"),
+        "**Attention that the selection holds, %, by the token's own query**", levels(result, "mass", selectors(result, "mass")), differences(result, "mass"),
         "**Attention held, %, by the query of the token before**", levels(result, "mass", BY_QUERY, "before"),
         "**Recall in each layer, %, by the token's own query**", of_layers(result),
     ])  # fmt: skip
@@ -150,7 +166,7 @@ def held(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def picture_digest(results: Sequence[Result]) -> str:
     """A hash of every figure that `plot` draws."""
-    drawn = [[r["model"]["file"], name, b, by_problem(r, m, name, b).tolist()] for r in results for m in ("recall", "mass") for name in (*BY_QUERY, *CONTROLS) for b in budgets(r)]
+    drawn = [[r["model"]["file"], name, b, by_problem(r, m, name, b).tolist()] for r in results for m in ("recall", "mass") for name in selectors(r, m) for b in budgets(r)]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
 
 
@@ -165,10 +181,10 @@ def plot(path: Path, results: Sequence[Result]) -> None:
     panels = figure.subplots(len(results), 2, squeeze=False, sharex=True, sharey=True)
     for row, result in zip(panels, results, strict=True):
         for axes, (measure, what) in zip(row, (("recall", "recall of the B tokens with most attention, %"), ("mass", "attention that the selection holds, %")), strict=True):
-            for number, name in enumerate((*BY_QUERY, *CONTROLS)):
+            for name in selectors(result, measure):
                 means, ends = zip(*((v.mean(), interval(v)) for v in (by_problem(result, measure, name, b) for b in budgets(result))), strict=True)
                 bars = [[max(0.0, 100 * (m - low)) for m, (low, _) in zip(means, ends)], [max(0.0, 100 * (high - m)) for m, (_, high) in zip(means, ends)]]
-                style = {"color": f"C{number}"} if name in BY_QUERY else {"color": "0.5", "linestyle": ("-", "--", ":")[CONTROLS.index(name)]}
+                style = {"color": f"C{BY_QUERY.index(name)}"} if name in BY_QUERY else {"color": "0.5", "linestyle": ("-", "--", ":", "-.")[CONTROLS.index(name)]}
                 axes.errorbar(budgets(result), [100 * m for m in means], bars, label=name, marker="o", markersize=3, linewidth=1, capsize=2, **style)
             axes.set(title=f"{result['model']['file'].removesuffix('.gguf')}: {what}", ylim=(0, 103))
             axes.title.set_fontsize(9)
@@ -177,8 +193,8 @@ def plot(path: Path, results: Sequence[Result]) -> None:
             axes.grid(alpha=0.3)
     for axes in panels[-1]:
         axes.set_xlabel("budget, tokens")
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+    drawn = dict(pair for axes in panels[0] for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format="png", dpi=120, metadata={"Source": picture_digest(results)})
 
 

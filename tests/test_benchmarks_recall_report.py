@@ -25,13 +25,14 @@ def row(number: int, of: dict[str, float], late: float = 0.0) -> dict:
         return [0.9, 0.9, value - 0.1, value + 0.1]
 
     measured = {name: {str(b): {"own": layers(name, 0), "before": layers(name, late)} for b in (64, 128)} for name in NAMES}
-    return {"family": "dag", "id": str(number), "prompt_tokens": 9, "tokens": 1000 + number, "steps": 3, "recall": measured, "mass": measured}
+    start = {"date": "2026-01-02", "commit": "abc", "command": "python -m benchmarks.recall"}
+    return {**start, "family": "dag", "id": str(number), "prompt_tokens": 9, "tokens": 1000 + number, "steps": 3, "recall": measured, "mass": measured}
 
 
 def result(of: dict[str, float], n: int = 5, late: float = 0.0, **more) -> dict:
     model = {"file": "m.gguf", "bytes": 1, "hashed": "all", "sha256": "f" * 64}
     rows = [row(i, of, late) for i in range(n)]
-    return {"date": "2026-01-02", "commit": "abc", "command": "python -m benchmarks.recall", "model": model, "asked": {"split": "dev", "budgets": [64, 128]}, "problems": rows, **more}
+    return {"model": model, "asked": {"split": "dev", "budgets": [64, 128]}, "problems": rows, **more}
 
 
 def test_dense_layers_are_in_no_mean():
@@ -83,9 +84,30 @@ def test_heads_that_attend_alike_are_said():
     assert "attend alike" not in report.text_of(alike)
 
 
+def test_what_knows_the_answer_stands_in_its_own_measure_only_and_only_if_all_problems_have_it():
+    whole = result({})
+    assert report.selectors(whole, "recall") == [*recall.BY_QUERY, "newest", "random", "best"]
+    assert report.selectors(whole, "mass") == [*recall.BY_QUERY, "newest", "random", "most"]
+    of = whole["problems"][1]
+    of["mass"] = {name: value for name, value in of["mass"].items() if name != "most"}
+    assert report.selectors(whole, "mass") == [*recall.BY_QUERY, "newest", "random"]
+    held = report.text_of(whole).split("**Attention that the selection holds")[1]
+    assert "| best |" not in held and "| most |" not in held
+
+
+def test_every_start_is_said_with_its_commit_and_its_problems():
+    assert report.measured(result({})) == "2026-01-02, commit abc, `python -m benchmarks.recall`."
+    resumed = result({})
+    for of in resumed["problems"][:2]:
+        of |= {"commit": "older", "command": None}
+    assert report.measured(resumed) == (
+        "Measured in 2 starts: 2 problems on 2026-01-02, commit older, command not recorded; 3 problems on 2026-01-02, commit abc, `python -m benchmarks.recall`."
+    )
+
+
 def test_replies_without_a_step_are_said():
     short = result({})
-    short["problems"].append({"family": "dag", "id": "x", "prompt_tokens": 9, "tokens": 100, "steps": 0})
+    short["problems"].append({"date": "2026-01-02", "commit": "abc", "command": "x", "family": "dag", "id": "x", "prompt_tokens": 9, "tokens": 100, "steps": 0})
     assert "n = 5 dev" in report.text_of(short) and "1 more replies ended before the first step." in report.text_of(short)
 
 
