@@ -21,9 +21,10 @@ import typer
 
 from zoomr_local.errors import ModelError, UsageError
 
-from . import INTERRUPTED, SOME_FAILED, heads, notes, options, solve_job
+from . import INTERRUPTED, SOME_FAILED, eval_check, eval_view, heads, notes, options, solve_job
 from . import solve as solving
 from . import summaries as ways
+from .solve_replies import Replies
 
 if TYPE_CHECKING:
     from zoomr_local.evaluate import Cell, Run, Suite
@@ -35,7 +36,6 @@ BUNDLED = "bundled"
 DEFAULT_PROBLEMS = 100
 _FIRST_LOOK = 10
 _FILE_MAX_TOKENS = 4096  # as `zoomr solve`
-_PIPE_COLUMNS = 160  # where stdout is no terminal nothing is wrapped
 
 _SUITE, _GRID, _COMPARE = "Problems", "What is compared", "Settings of zoomr: lists compare"
 
@@ -51,6 +51,10 @@ def evaluation(
     count: Annotated[int | None, _listed(_SUITE, "-n", "--n", metavar="N", min=1, help="Problems a family. Default: 100 of the bundled, all of a file.")] = None,
     thoughts: Annotated[int | None, _listed(_SUITE, "--thoughts", metavar="N", min=1, help="Steps each bundled problem takes. Default: as many as make traces of about 2,650 tokens.")] = None,
     split: Annotated[str, _listed(_SUITE, "--split", metavar="NAME", help="test, or dev for choosing settings.", show_default=True)] = "test",
+    question_column: Annotated[str | None, _listed(_SUITE, "--question-column", metavar="NAME", help="Key of the question in a file. Default: question, problem or prompt.")] = None,
+    answer_column: Annotated[str | None, _listed(_SUITE, "--answer-column", metavar="NAME", help="Key of the reference in a file. Default: answer.")] = None,
+    id_column: Annotated[str | None, _listed(_SUITE, "--id-column", metavar="NAME", help="Key of the id in a file. Default: id; without any, the number of the line.")] = None,
+    grader: Annotated[str, _listed(_SUITE, "--grader", metavar="NAME", help="built-in, math-verify, or auto: math-verify for a file's problems if it is installed, built-in for the bundled ones.", show_default=True)] = "auto",
     seed: Annotated[int, _listed(_SUITE, "--seed", metavar="N", min=0, help="Seed of the problems, of sampling and of policy `random`.", show_default=True)] = 0,
     policy: Annotated[str, _listed(_GRID, "--policy", help="`zoomr policies` lists them.", show_default=True)] = "full,zoomr,sumr,recency,random,streaming",
     kv_budget: Annotated[str, _listed(_GRID, "--kv-budget", help="Hard peaks of cells, the same for every policy but full: tokens, sizes (1MiB) or auto.", show_default=True)] = "512,800",
@@ -101,11 +105,16 @@ def evaluation(
 
     from . import eval_trace
 
-    if plot is not None:
-        require_matplotlib()  # before hours of running, not after
+    if plot is not None:  # before hours of running, not after
+        require_matplotlib()
+        if plot.is_dir():
+            raise UsageError(f"--plot {plot} is a folder; name a PNG file in it")
     if trace is None and trace_problems is not None:
         raise UsageError("--trace-problems needs --trace DIR")
-    problems = _suite(suite, family, count, seed, thoughts, split, max_tokens)
+    columns = {name: value for name, value in (("question", question_column), ("answer", answer_column), ("id", id_column)) if value is not None}
+    problems = _suite(suite, family, count, seed, thoughts, split, max_tokens, columns)
+    replies = Replies(grader="built-in" if suite == BUNDLED and grader == "auto" else grader)  # the bundled answers need no algebra
+    replies.check("full", temp, None)
     policies = [options.known_policy(name) for name in _names("--policy", policy)]
     path = options.model_path(model)
     notes.without_gpu(n_gpu_layers)
@@ -124,11 +133,12 @@ def evaluation(
     share = threads or (1 if jobs > 1 else options.thread_count(None, path))
     base = EngineConfig(kv_type=kv_type, flash_attn=flash_attn, threads=share, sinks=sinks, seed=seed, **tiers)
     cells = grid(problems.families, policies, budgets, base, {**_choices(lists, vote_layers), "summaries": modes, "pin_prompt": pins, "cluster_query": queries})
+    eval_check.check(cells, problems, path, n_gpu_layers)
     folder = output or Path(f"{path.stem}.eval")
     sampling = SamplingParams(temperature=temp, seed=seed)
     traces = {} if trace is None else eval_trace.files(trace, cells, problems, trace_problems)
     with solve_job._interruptible() as interrupted:
-        run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj, jobs, traces)
+        run = _run(cells, problems, folder, path, sampling, n_gpu_layers, interrupted, context.obj, jobs, traces, replies)
         found = _evaluate(run, quiet, overwrite, retry_failed)
     if traces and not quiet:
         eval_trace.say(trace, traces, found is not None)
@@ -136,13 +146,13 @@ def evaluation(
         again = notes.typed_again(context.obj, without=("--overwrite",))
         print(f"interrupted: everything finished is in {folder}; to go on: {again}", file=sys.stderr)
         return INTERRUPTED
-    asked = {"suite": suite, "n": count, "seed": seed, **({"thoughts": thoughts, "split": split} if suite == BUNDLED else {})}
+    asked = {"suite": suite, "n": count, "seed": seed, "max_tokens": max_tokens, **({"thoughts": thoughts, "split": split} if suite == BUNDLED else {f"{name}_column": value for name, value in columns.items()})}
     return _conclude(_result(run, found, asked), folder, plot, as_json, quiet)
 
 
 def _run(
     cells: list[Cell], suite: Suite, folder: Path, model_file: Path, sampling: Any, n_gpu_layers: int,
-    interrupted: Callable[[], bool], arguments: list[str], jobs: int, traces: eval_trace.Files,
+    interrupted: Callable[[], bool], arguments: list[str], jobs: int, traces: eval_trace.Files, replies: Replies,
 ) -> Run:  # fmt: skip
     from zoomr_local.evaluate import Run
     from zoomr_local.journal import model_fingerprint
@@ -154,10 +164,12 @@ def _run(
         fingerprint = model_fingerprint(model_file)
     except OSError as error:
         raise ModelError(f"cannot read the model {model_file}: {error.strerror}; give a .gguf file with -m") from error
+    every = [problem for problems in suite.problems.values() for problem in problems]
     return Run(
         cells, suite, folder, partial(_open_engine, model_file, n_gpu_layers), fingerprint, versions(),
         sampling, n_gpu_layers, {"command": notes.typed_again(arguments)}, interrupted, bool(os.environ.get("ZOOMR_DEBUG")), jobs,
         solver=partial(TracedSolver, files=traces), markers=ways.user_markers(),
+        open_grader=partial(replies.grader_for, every), grader=replies.settings(every).get("grader", ""),
     )  # fmt: skip
 
 
@@ -196,7 +208,8 @@ def _result(run: Run, found: Any, asked: dict[str, Any]) -> dict[str, Any]:
     from zoomr_local.evaluate_report import report
 
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(), "command": run.info["command"], "asked": asked, "max_tokens": run.suite.max_tokens,
+        "date": datetime.now(timezone.utc).date().isoformat(), "command": run.info["command"],
+        "asked": {**asked, **({"grader": run.grader} if run.grader else {})}, "max_tokens": run.suite.max_tokens,
         "temperature": run.sampling.temperature, "model": run.model, "versions": run.versions,
         "kv_type": run.cells[0].config.kv_type, "threads": run.cells[0].config.threads,
         "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
@@ -210,92 +223,33 @@ def _conclude(result: dict[str, Any], folder: Path, plot: Path | None, as_json: 
 
     evaluate_report.write_json(folder / "results.json", result)
     evaluate_report.write_csv(folder / "results.csv", result)
-    if plot is not None:
-        evaluate_report.plot(plot, result)
     failed = sum(cell["failed"] for cell in result["cells"])
     if not quiet:
-        drawn = f", {plot}" if plot else ""
-        print(f"in {folder}: results.json, results.csv and a file of records a cell{drawn}", file=sys.stderr)
+        print(f"in {folder}: results.json, results.csv and a file of records a cell", file=sys.stderr)
     if failed:
         print(f"{failed} problems failed and count neither right nor wrong; to try them again, add --retry-failed", file=sys.stderr)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
     else:
-        _show(result)
+        eval_view.show(result)
+    if plot is not None:  # last: a picture that cannot be drawn costs no answer
+        _draw(plot, result, quiet)
     return SOME_FAILED if failed else 0
 
 
-# ---------------------------------------------------------------- drawing
+def _draw(path: Path, result: dict[str, Any], quiet: bool) -> None:
+    """Draw the picture. Raises UsageError where it cannot be written; says on stderr where there is nothing to draw."""
+    from zoomr_local import evaluate_report
 
-
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from zoomr_local.evaluate_report import auc_text
-
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPE_COLUMNS
-    console.print(_accuracy_table(result["cells"]))
-    console.print(_cost_table(result["cells"]))
-    console.print("In brackets: 95 % intervals, Wilson's of the share and Newcombe's of the paired difference in points.", soft_wrap=True)
-    agreement = result["agreement"]
-    if agreement:
-        auc = auc_text(agreement["auc"], agreement["n"], agreement["n_wrong"])
-        console.print(
-            f"Agreement as a predictor that a problem is right: AUC {auc}, where 0.5 is chance; {agreement['pairs']:,} pairs of a right and a wrong problem of one cell.",
-            soft_wrap=True,
-        )
-
-
-def _table(cells: list[dict[str, Any]], title: str, *headings: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left", title_style="bold")
-    for heading in ("family", "policy", "budget"):
-        table.add_column(heading, justify="right" if heading == "budget" else "left", no_wrap=True)
-    if any(cell["settings_text"] for cell in cells):
-        table.add_column("settings")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _heads(cell: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
-    heads = [cell["family"], cell["policy"], "-" if cell["kv_budget"] is None else f"{cell['kv_budget']:,}"]
-    return [*heads, cell["settings_text"]] if any(c["settings_text"] for c in cells) else heads
-
-
-def _accuracy_table(cells: list[dict[str, Any]]) -> Any:
-    table = _table(cells, "Accuracy", "n", "right", "from full", "cut off")
-    for cell in cells:
-        pair, share = cell["from_full"], cell["out_of_tokens_share"]
-        paired = "-" if pair is None or pair["difference"] is None else _with_interval(pair["difference"], pair["interval95"], "+")
-        table.add_row(
-            *_heads(cell, cells), str(cell["n"]),
-            "-" if cell["accuracy"] is None else _with_interval(cell["accuracy"], cell["wilson95"]), paired,
-            "-" if share is None else f"{100 * share:.0f} %",
-        )  # fmt: skip
-    return table
-
-
-def _cost_table(cells: list[dict[str, Any]]) -> Any:
-    from .render import human_bytes, human_seconds
-
-    table = _table(cells, "Cost", "peak", "mean", "peak KV", "page-ins", "tokens/s", "time")
-    for cell in cells:
-        rate = cell["tokens_per_s"]
-        table.add_row(
-            *_heads(cell, cells), f"{cell['resident_peak']:,}", f"{cell['resident_mean']:,.0f}",
-            human_bytes(cell["resident_peak_bytes"]), f"{cell['page_ins']:,}", "-" if rate is None else f"{rate:,.0f}",
-            human_seconds(cell["seconds"]),
-        )  # fmt: skip
-    return table
-
-
-def _with_interval(share: float, interval: list[float], sign: str = "") -> str:
-    return f"{100 * share:{sign}.1f} ({100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f})"
+    if not any(cell["n"] for cell in result["cells"]):
+        print(f"note: nothing to draw in {path}: no cell has graded a problem", file=sys.stderr)
+        return
+    try:
+        evaluate_report.plot(path, result)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; the results are kept: the same command with another --plot draws them") from error
+    if not quiet:
+        print(f"drawn: {path}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- flags
@@ -325,14 +279,18 @@ def _choices(lists: dict[str, str | None], vote_layers: list[str] | None) -> dic
 
 
 def _suite(
-    suite: str, family: str | None, count: int | None, seed: int, thoughts: int | None, split: str, max_tokens: int | None
-) -> Suite:
+    suite: str, family: str | None, count: int | None, seed: int, thoughts: int | None, split: str, max_tokens: int | None,
+    columns: dict[str, str],
+) -> Suite:  # fmt: skip
     from zoomr_local.evaluate import bundled_suite, file_suite
+    from zoomr_local.problems import Columns
 
     if split not in ("test", "dev"):
         raise UsageError(f"--split {split}: choose test or dev")
     families = None if family is None else _names("--family", family)
     if suite == BUNDLED:
+        for name in columns:
+            raise UsageError(f"--{name}-column is for a file of problems; give one with --suite, or leave --{name}-column out")
         return bundled_suite(families, count or DEFAULT_PROBLEMS, seed, thoughts, split, max_tokens)
     if thoughts is not None or split != "test":
         flag = "--thoughts" if thoughts is not None else "--split"
@@ -341,4 +299,4 @@ def _suite(
         lines = Path(suite).read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError(f"--suite {suite}: {error.strerror}; give {BUNDLED} or a JSONL file") from error
-    return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS)
+    return file_suite(lines, suite, families, count, max_tokens or _FILE_MAX_TOKENS, Columns(**columns))

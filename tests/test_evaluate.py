@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from zoomr_cli.main import main
 from zoomr_local.engine import EngineConfig
 from zoomr_local.errors import EngineError, UsageError
 from zoomr_local.evaluate import Cell, bundled_suite, file_suite, grid
+from zoomr_local.grading import Grade, Grader
 from zoomr_local.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,16 @@ def test_a_files_lines_are_grouped_by_family():
         file_suite([b'{"id": 1, "prompt": "p"}'], "mine.jsonl", None, None, 99)
 
 
+def test_a_familys_name_can_be_printed_and_no_two_are_one(capsys):
+    names = ["\x1b[31mX\nY", " [31mX Y", "x" * 70, "x" * 71, "\ud800", "plain"]
+    lines = [json.dumps({"id": i, "prompt": "p", "answer": 1, "family": name}).encode() for i, name in enumerate(names)]
+    suite = file_suite(lines, "mine.jsonl", None, None, 99)
+    assert len(suite.families) == len(names) and suite.families[-1] == "plain"
+    assert all(family.isprintable() and len(family) <= 60 for family in suite.families) and suite.families[0].startswith("[31mX Y-")
+    for asked in names[:2], suite.families[:2]:
+        assert file_suite(lines, "mine.jsonl", asked, None, 99).families == suite.families[:2]
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -73,6 +85,7 @@ def test_a_files_lines_are_grouped_by_family():
 def engine(monkeypatch):
     engine = FakeEngine()
     monkeypatch.setattr("zoomr_cli.solve.open_engine", opener(engine))
+    monkeypatch.setattr("zoomr_cli.eval_check.check", lambda *asked: None)  # its engines are real ones
     monkeypatch.setattr("zoomr_cli.versions.versions", lambda: {"zoomr": "test"})
     monkeypatch.delenv("ZOOMR_DEBUG", raising=False)
     return engine
@@ -160,6 +173,29 @@ def test_failed_problems_end_in_3_and_can_be_tried_again(here, engine, capsys):
     assert sorted(ids("in.full.jsonl")) == ["p0", "p1", "p2", "p3"]
 
 
+def test_overwriting_can_be_interrupted_and_the_command_that_is_said_keeps_no_old_record(here, engine, capsys):
+    main([*ASK, "--max-tokens", "9"])
+    engine.prompts.clear()
+
+    def interrupt():
+        if len(engine.prompts) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            engine.on_token = lambda: None
+
+    engine.on_token = interrupt
+    assert main([*ASK, "--overwrite"]) == 130
+    command = capsys.readouterr().err.partition("; to go on: zoomr ")[2].strip()
+    assert "--overwrite" not in command and all(ids(f"in.{name}.jsonl") == [] for name in ("zoomr.256", "zoomr.512")) and ids("in.full.jsonl") == ["p0"]
+    assert main(shlex.split(command)) == 0 and len(engine.prompts) == 2 + 3 + 8
+
+
+def test_a_cell_in_use_keeps_the_others_from_being_overwritten(here, engine):
+    main([*ASK])
+    with Journal.open(Path("out/in.zoomr.512.jsonl")):
+        assert main([*ASK, "--overwrite"]) == 2
+    assert ids("in.full.jsonl") == ids("in.zoomr.512.jsonl") == ["p0", "p1", "p2", "p3"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_end_in_130_and_the_next_start_goes_on(here, engine, capsys, number):
     def interrupt():
@@ -178,10 +214,11 @@ def test_ctrl_c_and_sigterm_end_in_130_and_the_next_start_goes_on(here, engine, 
 
 def test_sigkill_loses_at_most_the_problem_in_flight(here, engine):
     script = (
-        "import os, sys, signal, zoomr_cli.solve, zoomr_cli.versions\n"
+        "import os, sys, signal, zoomr_cli.eval_check, zoomr_cli.solve, zoomr_cli.versions\n"
         "from fake_engine import FakeEngine, opener\n"
         "engine = FakeEngine(on_token=lambda: len(engine.prompts) == 7 and os.kill(os.getpid(), signal.SIGKILL))\n"
         "zoomr_cli.solve.open_engine = opener(engine)\n"
+        "zoomr_cli.eval_check.check = lambda *asked: None\n"
         "zoomr_cli.versions.versions = lambda: {'zoomr': 'test'}\n"
         "from zoomr_cli.main import main\n"
         "main(sys.argv[1:])\n"
@@ -211,6 +248,8 @@ def test_sigkill_loses_at_most_the_problem_in_flight(here, engine):
         (["--refresh", "0"], "error: --refresh 0: must be at least 1"),
         (["--vote-layers", "2,x"], "error: --vote-layers 2,x"),
         (["-o", "m.gguf"], "error: cannot make the folder m.gguf"),
+        (["--question-column", "q"], "error: --question-column is for a file of problems; give one with --suite"),
+        (["--grader", "mine"], "error: --grader mine: choose one of auto, built-in, math-verify"),
     ],
 )
 def test_misuse_is_one_clear_line_and_exit_code_2(here, engine, capsys, arguments, complaint):
@@ -231,6 +270,69 @@ def test_a_plot_without_matplotlib_names_the_extra_before_anything_runs(here, en
     assert "zoomr-local[bench]" in capsys.readouterr().err and engine.prompts == []
 
 
+def test_a_folder_as_plot_is_refused_before_anything_runs(here, engine, capsys, monkeypatch):
+    monkeypatch.setattr("zoomr_local.evaluate_report.require_matplotlib", lambda: None)
+    assert main([*ASK, "--plot", "."]) == 2
+    assert capsys.readouterr().err == "error: --plot . is a folder; name a PNG file in it\n" and engine.prompts == []
+
+
+def test_a_plot_that_cannot_be_drawn_costs_no_answer(here, engine, capsys, monkeypatch):
+    def full_disk(path, result):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("zoomr_local.evaluate_report.require_matplotlib", lambda: None)
+    monkeypatch.setattr("zoomr_local.evaluate_report.plot", full_disk)
+    assert main([*ASK, "--plot", "p.png", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["cells"]) == 3 and "error: cannot write p.png: No space left on device; the results are kept" in err
+    engine.replies.update({f"ask {i}": EngineError("llama_decode said 1") for i in range(4)})
+    assert main([*ASK, "--plot", "p.png", "--json", "--overwrite"]) == 3
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["cells"]) == 3 and "note: nothing to draw in p.png: no cell has graded a problem" in err
+
+
+def test_columns_are_named_by_flags_and_stand_in_the_result(here, engine, capsys):
+    rows = [{"nr": i, "prompt": "a", "question": f"ask {i}", "right": 4} for i in range(2)]
+    Path("amb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask = ["eval", "--suite", "amb.jsonl", "--policy", "full", "-o", "out", "--json"]
+    assert main(ask) == 2 and "say which with --question-column" in capsys.readouterr().err
+    assert main([*ask, "--question-column", "question", "--answer-column", "right", "--id-column", "nr"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert engine.prompts == ["ask 0", "ask 1"] and result["cells"][0]["right"] == 2
+    assert result["asked"] == {"suite": "amb.jsonl", "n": None, "seed": 0, "max_tokens": None, "question_column": "question", "answer_column": "right", "id_column": "nr"}
+
+
+def test_the_grader_of_a_file_is_that_of_solve_and_stands_in_the_manifest(here, engine, capsys, monkeypatch):
+    class Lenient(Grader):
+        name = "math-verify"
+
+        def grade(self, content, expected):
+            return Grade("4", True, self.name)
+
+    assert main([*ASK]) == 0 and "grader" not in json.loads(Path("out/in.full.jsonl.manifest.json").read_text())["settings"]
+    monkeypatch.setattr("zoomr_local.math_grader.installed", lambda: True)
+    monkeypatch.setattr("zoomr_local.math_grader.version", lambda: "9")
+    monkeypatch.setattr("zoomr_local.math_grader.MathGrader", lambda say: Lenient())
+    engine.replies = {f"ask {i}": "The answer is 5." for i in range(4)}
+    capsys.readouterr()
+    assert main([*ASK]) == 2 and 'settings.grader: null there, "math-verify 9" now' in capsys.readouterr().err
+    assert main([*ASK, "--grader", "built-in"]) == 0
+    capsys.readouterr()
+    assert main([*ASK, "--overwrite", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [cell["right"] for cell in result["cells"]] == [4, 4, 4] and result["asked"]["grader"] == "math-verify 9"
+    assert main(["eval", "--policy", "full", "-n", "1", "--family", "dag", "-o", "bundled", "--json"]) == 0
+    assert "grader" not in json.loads(capsys.readouterr().out)["asked"], "bundled answers need no algebra"
+
+
+def test_what_was_chosen_stands_in_every_cell_that_it_has_a_meaning_for(here, capsys):
+    assert main([*ASK, "--refresh", "3", "--kv-page-type", "q8_0", "--sinks", "5", "--window", "32,64", "--max-tokens", "99", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [cell["asked"] for cell in result["cells"]][:3] == [{}, *({"window": w, "refresh": 3, "kv_page_type": "q8_0"} for w in (32, 64))]
+    assert [cell["settings_text"] for cell in result["cells"]][:3] == ["", "window=32", "window=64"] and result["asked"]["max_tokens"] == 99
+    assert "asked" not in Path("out/results.csv").read_text()
+
+
 def test_the_page_can_be_made_from_what_the_command_writes(here):
     assert main([*ASK]) == 0
     result = json.loads(Path("out/results.json").read_text())
@@ -241,6 +343,22 @@ def test_the_page_can_be_made_from_what_the_command_writes(here):
 
 
 # ---------------------------------------------------------------- the real engine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["full,zoomr", "--vote-layers", "99"], "--vote-layers 99: zoomr-tiny pages layers 0 to 3"),
+        (["full,streaming", "--sinks", "300"], "300 sink tokens and a budget of 256 leave no room to think; lower --sinks"),
+        (["full,clusterkv", "--dense-layers", "9"], "a smaller --max-tokens or --dense-layers 0"),
+    ],
+)  # fmt: skip
+def test_what_an_engine_refuses_of_a_later_cell_is_said_before_the_first(tmp_path, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.delenv("ZOOMR_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "--family", "series", "-n", "2", "--thoughts", "3", "--kv-budget", "256", "-o", "out", "--policy", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and complaint in err and err.count("\n") == 1 and not Path("out").exists()
 
 
 def test_a_small_grid_on_the_real_engine_keeps_every_budget(tmp_path, capsys, monkeypatch):

@@ -16,16 +16,19 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .gguf_file import printable
+from .grading import Grader
 from .journal import Journal, Manifest, record_key
 from .policies import POLICIES
 from .policies.heads import CLUSTER_CHOICES
+from .problems import Columns
 from .sampling import SamplingParams
 from .sizes import counted
 from .solve import Listener, Problem, Solver, Tally, read_problems, solve_all
@@ -41,7 +44,10 @@ REFERENCE = "full"
 
 _OF_BLOCKS = ("summaries", "thought_min", "summary_max")
 _NAMED = ("summaries", "pin_prompt", *CLUSTER_CHOICES)
+_TIERS = ("kv_ram", "kv_disk", "kv_page_type", "on_full", "wait_for_disk")
+_NO_CHOICE = ("policy", "kv_budget", "kv_type", "seed", "threads", "kv_dir")  # said beside the settings, or without an effect on results
 
+_FAMILY_CHARS = 60
 _ROUND_TOKENS = 256  # reply limits are multiples of this, so that wording that shifts a trace by a word moves none
 
 
@@ -92,27 +98,37 @@ def bundled_suite(
 
 
 def file_suite(
-    lines: Sequence[bytes], source: str, families: Sequence[str] | None, n: int | None, max_tokens: int
+    lines: Sequence[bytes], source: str, families: Sequence[str] | None, n: int | None, max_tokens: int, columns: Columns = Columns()
 ) -> Suite:
     """The first ``n`` problems (None: all) of each family in a JSONL input as `solve` reads it.
 
-    A line's ``family`` groups it; lines without one are of the family named after the file. Raises UsageError
-    for what `read_problems` refuses, for problems without a reference answer and for a family the input lacks.
+    A line's ``family`` groups it, by a name that can be printed; lines without one are of the family named after the file. ``columns``
+    says where question, answer and id stand. Raises UsageError for what `read_problems` refuses, for problems without a reference
+    answer and for a family the input lacks.
     """
-    problems = read_problems(lines, source)
-    unanswered = [str(p.id) for p in problems if p.answer is None]
+    problems = read_problems(lines, source, columns)
+    unanswered = [printable(str(p.id)) for p in problems if p.answer is None]
     if unanswered:
         raise UsageError(f'{source}: {counted(len(unanswered), "problem")} without an "answer" to compare with: '
                          f"{', '.join(unanswered[:5])}{', ...' if len(unanswered) > 5 else ''}")
     grouped: dict[str, list[Problem]] = {}
     for problem in problems:
         family = json.loads(lines[problem.line - 1].decode("utf-8-sig")).get("family")
-        grouped.setdefault(str(family) if family else Path(source).stem, []).append(problem)
-    for family in families or ():
+        grouped.setdefault(_family_name(str(family) if family else Path(source).stem), []).append(problem)
+    named = None if families is None else [_family_name(family) for family in families]
+    for family in named or ():
         if family not in grouped:
             raise UsageError(f"--family {family}: {source} has none of it; it has {', '.join(grouped)}")
-    chosen = {family: grouped[family][:n] for family in families or grouped}
+    chosen = {family: grouped[family][:n] for family in named or grouped}
     return Suite(chosen, dict.fromkeys(chosen, max_tokens))
+
+
+def _family_name(text: str) -> str:
+    """``text`` where it can be shown in a table as it is; else a short name that no other family has."""
+    if printable(text, _FAMILY_CHARS) == text:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{printable(text, _FAMILY_CHARS - 9)}-{digest}"
 
 
 # ---------------------------------------------------------------- the grid
@@ -139,7 +155,17 @@ class Cell:
     @property
     def settings_text(self) -> str:
         """The compared settings, ``refresh=8 window=64``; empty where nothing is compared."""
-        return " ".join(f"{name}={_setting_text(value)}" for name, value in self.choices)
+        return " ".join(f"{name}={setting_text(value)}" for name, value in self.choices)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Every setting of the cell that was chosen: the compared ones, and those with one value that is not the default."""
+        defaults = type(self.config)()
+        single = {
+            name: value for name, value in asdict(self.config).items()
+            if name not in _NO_CHOICE and value != getattr(defaults, name) and has_a_meaning(name, self.policy)
+        }  # fmt: skip
+        return {**dict(self.choices), **single}
 
     @property
     def label(self) -> str:
@@ -157,7 +183,8 @@ class Cell:
         return ".".join([family, self.policy, *budget, *self.settings_text.split(), "jsonl"])
 
 
-def _setting_text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A setting's value as the name of a cell has it: ``on``, ``8``, ``2+3``."""
     if value is None or isinstance(value, bool):
         return "default" if value is None else "on" if value else "off"
     return ("+".join(map(str, value)) or "all") if isinstance(value, tuple) else str(value)
@@ -190,6 +217,16 @@ def grid(
     return list(cells)
 
 
+def has_a_meaning(setting: str, policy: str) -> bool:
+    """Whether a field of EngineConfig can change what ``policy`` does."""
+    kind = POLICIES[policy]
+    if setting in ("flash_attn", "batch"):
+        return True
+    if setting in _TIERS:
+        return kind.unit == "block" or setting == "kv_ram" and kind.unit == "head" and kind.recalls
+    return not kind.pins_prompt if setting == "sinks" else _concerns(setting, policy)
+
+
 def _concerns(setting: str, policy: str) -> bool:
     own = {"beacon_every": "beacon", "pin_prompt": "head"}
     if setting in own:
@@ -211,7 +248,8 @@ class Run:
     model and an engine for a configuration, as a context manager. ``stopping`` is asked after every event.
     ``debug`` raises what would become a failed record. With ``jobs`` above 1 that many processes solve the problems
     of a cell side by side; ``open_engine`` must then be picklable. ``solver`` may be a subclass that adds to the records.
-    ``markers`` are those that the user added for models that ``open_engine`` opens.
+    ``markers`` are those that the user added for models that ``open_engine`` opens. ``open_grader`` gives who compares answers, as
+    a context manager, picklable too; ``grader`` is its name with its version, empty for the built-in one.
     """
 
     cells: list[Cell]
@@ -228,6 +266,8 @@ class Run:
     jobs: int = 1
     solver: Callable[..., Solver] = Solver
     markers: tuple[MarkerSet, ...] = ()
+    open_grader: Callable[[], AbstractContextManager[Any]] = partial(nullcontext, Grader())
+    grader: str = ""
 
     def manifest(self, cell: Cell) -> Manifest:
         """What a cell's records have in common; a second start with anything else is refused by name."""
@@ -239,6 +279,8 @@ class Run:
         }  # fmt: skip
         if self.markers:
             settings["markers"] = [asdict(row) for row in self.markers]
+        if self.grader:
+            settings["grader"] = self.grader
         return Manifest(settings, self.model, self.versions, {**self.info, "threads": cell.config.threads})
 
 
@@ -252,8 +294,9 @@ def evaluate(
     """Run what is not on the disk yet; the records of every cell, in the problems' order. None if told to stop.
 
     Each record is on the disk before the next problem begins, and a second call goes on where the first ended,
-    however it ended. Every cell's file is checked before anything runs: raises UsageError if one was made with
-    other settings, another model or other problems, or is held by another process.
+    however it ended, also one with ``overwrite``, which empties every cell's file before the first problem. Every cell's file is
+    checked before anything runs: raises UsageError if one was made with other settings, another model or other problems, or is
+    held by another process.
     """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -265,40 +308,39 @@ def evaluate(
                 with readable(journal.path):
                     for record in _sort_out(run, cell, journal)[0]:
                         Tally().add(record)
+    for cell in run.cells if overwrite else ():  # now: whoever stops on the way and goes on without it must not meet old records
+        with _open(run, cell, overwrite) as journal:
+            journal.begin(run.manifest(cell), overwrite)
     found = {}
     for number, cell in enumerate(run.cells):
-        with _open(run, cell, overwrite) as journal:
-            if not _run_cell(run, number, cell, journal, watch, overwrite, retry_failed):
+        with _open(run, cell) as journal:
+            if not _run_cell(run, number, cell, journal, watch, retry_failed):
                 return None
             done = {str(record["id"]): record for record in journal.records}
         found[cell] = [done[str(problem.id)] for problem in run.suite.problems[cell.family]]
     return found
 
 
-def _open(run: Run, cell: Cell, overwrite: bool) -> Journal:
+def _open(run: Run, cell: Cell, overwrite: bool = False) -> Journal:
     return Journal.open(run.folder / cell.file_name, overwrite=overwrite)
 
 
-def _run_cell(
-    run: Run, number: int, cell: Cell, journal: Journal, watch: Watch, overwrite: bool, retry_failed: bool
-) -> bool:
+def _run_cell(run: Run, number: int, cell: Cell, journal: Journal, watch: Watch, retry_failed: bool) -> bool:
     """Run what one cell lacks; False if told to stop on the way."""
-    manifest = run.manifest(cell)
-    tally, left = Tally(), run.suite.problems[cell.family]
-    if not overwrite:
-        done, left = _sort_out(run, cell, journal, retry_failed)
-        with readable(journal.path):
-            for record in done:
-                tally.add(record)
+    manifest, tally = run.manifest(cell), Tally()
+    done, left = _sort_out(run, cell, journal, retry_failed)
+    with readable(journal.path):
+        for record in done:
+            tally.add(record)
     if not left:
         return True
     opened = partial(
-        _open_solver, run.solver, run.open_engine, cell.config, run.sampling, run.suite.max_tokens[cell.family], manifest, run.debug
+        _open_solver, run.solver, run.open_engine, run.open_grader, cell.config, run.sampling, run.suite.max_tokens[cell.family], manifest, run.debug
     )
     keep = (lambda record: "error" not in record) if retry_failed else None
     with opened() as solver:
         manifest.info["resolved"] = solver.engine.resolved()
-        journal.begin(manifest, overwrite, keep)
+        journal.begin(manifest, keep=keep)
         if run.jobs == 1:
             with watch(number, cell, tally) as listener:
                 return solve_all(left, replace(solver, stopping=run.stopping), journal.append, listener)
@@ -308,11 +350,12 @@ def _run_cell(
 
 @contextmanager
 def _open_solver(
-    kind: Callable[..., Solver], open_engine: Callable[[EngineConfig], AbstractContextManager[tuple[Any, Any]]], config: EngineConfig,
-    sampling: SamplingParams, max_tokens: int, manifest: Manifest, debug: bool,
+    kind: Callable[..., Solver], open_engine: Callable[[EngineConfig], AbstractContextManager[tuple[Any, Any]]],
+    open_grader: Callable[[], AbstractContextManager[Any]], config: EngineConfig, sampling: SamplingParams, max_tokens: int,
+    manifest: Manifest, debug: bool,
 ) -> Iterator[Solver]:  # fmt: skip
-    with open_engine(config) as (model, engine):
-        yield kind(model, engine, sampling, max_tokens, partial(_key, manifest), debug=debug)
+    with open_engine(config) as (model, engine), open_grader() as grader:
+        yield kind(model, engine, sampling, max_tokens, partial(_key, manifest), debug=debug, grader=grader)
 
 
 def _key(manifest: Manifest, problem: Problem) -> str:
@@ -332,7 +375,7 @@ def _sort_out(
         if record is None:
             left.append(problem)
         elif record.get("key") != record_key(problem.asked(), manifest):
-            changed.append(str(problem.id))
+            changed.append(printable(str(problem.id)))
         else:
             done.append(record)
     if changed:

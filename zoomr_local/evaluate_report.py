@@ -123,7 +123,8 @@ def cell_report(cell: Cell, records: Sequence[Record], reference: Sequence[Recor
     return {
         "family": cell.family, "policy": cell.policy, "kv_budget": cell.budget_tokens,
         "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in cell.choices},
-        "settings_text": cell.settings_text, "n": tally.graded, "right": tally.right, "failed": tally.failed,
+        "settings_text": cell.settings_text, "asked": {name: list(v) if isinstance(v, tuple) else v for name, v in cell.asked.items()},
+        "n": tally.graded, "right": tally.right, "failed": tally.failed,
         "accuracy": round(tally.right / tally.graded, 6) if tally.graded else None,
         "wilson95": [round(low, 6), round(high, 6)],
         "from_full": None if reference is None or cell.policy == REFERENCE else _paired(records, reference),
@@ -203,7 +204,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, result: Mapping[str, Any]) -> None:
     """One line a cell, one column a figure; nested figures have dotted names, absent ones are empty."""
-    rows = [_flat({k: v for k, v in cell.items() if k != "settings"}) for cell in result["cells"]]
+    rows = [_flat({k: v for k, v in cell.items() if k not in ("settings", "asked")}) for cell in result["cells"]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     # A figure that is nested in one cell and absent in another has its parts' columns, and none of its own.
     columns = [name for name in columns if not any(other.startswith(name + ".") for other in columns)]
