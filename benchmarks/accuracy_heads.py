@@ -35,7 +35,7 @@ RIGHT, WRONG, FAILED = "1", "0", "-"
 
 def collected(folder: Path) -> dict[str, Any]:
     """What the page needs of a finished evaluation: conditions, figures a cell, and its ``answers``, a letter a problem of
-    ``problems`` in its family: 1 right, 0 wrong, - failed.
+    ``problems`` in its family: 1 right, 0 wrong, - failed. ``ram_bytes``: the most that any problem had outside the cells, where records say so.
 
     Raises UsageError for a folder without a whole evaluation.
     """
@@ -52,7 +52,9 @@ def collected(folder: Path) -> dict[str, Any]:
             raise UsageError(f"{folder / _file_name(cell)} does not hold the problems of results.json; run zoomr eval again in that folder")
         errors = Counter(record["error"]["message"] for record in records.values() if "error" in record)
         answers = "".join(FAILED if "error" in records[i] else RIGHT if records[i]["correct"] else WRONG for i in order)
-        cells.append({**{name: cell[name] for name in CELL}, "answers": answers, "errors": dict(errors)})
+        ram = [record["kv"]["ram_bytes"] for record in records.values() if "ram_bytes" in record.get("kv", {})]
+        beside = {"ram_bytes": max(ram)} if ram else {}
+        cells.append({**{name: cell[name] for name in CELL}, **beside, "answers": answers, "errors": dict(errors)})
     return {**{name: result[name] for name in KEPT if name in result}, "problems": problems, "cells": cells}
 
 

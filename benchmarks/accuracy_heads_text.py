@@ -14,6 +14,8 @@ from zoomr_local.grading import wilson_interval
 
 BEGIN, END = "<!-- heads: begin -->", "<!-- heads: end -->"
 FULL, BASELINES = "full", ("rkv", "recency")
+TIERED = "clusterkv"
+"""Keeps in RAM what its cells do not hold, while all others let it go."""
 MINE, OTHERS = "reasonalloc", ("rkv", "snapkv", "pyramid")
 
 PAPERS: dict[str, dict[str, float]] = {
@@ -79,7 +81,7 @@ def share(right: int, n: int) -> str:
 
 def figures(result: Result) -> str:
     """A line a family, budget and policy; and for each policy one of the families that all policies beside it have."""
-    head = ["family", "budget", "policy", "n", "right %", *(f"from {name}" for name in BASELINES), "from full", "cut off", "peak cells", "peak KiB", "mean cells", "tokens/s"]
+    head = ["family", "budget", "policy", "n", "right %", *(f"from {name}" for name in BASELINES), "from full", "cut off", "peak cells", "their KiB", "mean cells", "tokens/s"]
     rows, shown = [], set()
     families = list(dict.fromkeys(cell["family"] for cell in result["cells"]))
     for family in families:
@@ -138,7 +140,7 @@ def allocation(result: Result) -> str:
 
 
 def peaks(result: Result) -> str:
-    """Whether all have had the same cells."""
+    """Whether all have had the same cells, and what a policy held beside them."""
     cells = [cell for cell in result["cells"] if cell["kv_budget"] is not None and cell["n"]]
     over = [cell for cell in cells if cell["resident_peak"] > cell["kv_budget"]]
     if over:
@@ -147,7 +149,22 @@ def peaks(result: Result) -> str:
     per_cell = {cell["resident_peak_bytes"] / cell["resident_peak"] for cell in cells if cell["resident_peak"]}
     size = f"{per_cell.pop():.0f} bytes a cell under every policy" if len(per_cell) == 1 else "**bytes a cell differ**"
     equal = "every policy had exactly its budget in use at peak" if least == 1 else f"peaks are {100 * least:.1f} to 100 % of the budget"
-    return f"Equal memory: {equal}, {size}."
+    return " ".join([f"Equal cells: {equal}, {size}.", *outside(result)])
+
+
+def outside(result: Result) -> list[str]:
+    """A sentence for each policy that has more memory than its cells: RAM where the result has it, else that it has it not."""
+    said = []
+    for policy in dict.fromkeys(cell["policy"] for cell in result["cells"] if cell["n"]):
+        ram = [cell.get("ram_bytes") for cell in result["cells"] if cell["policy"] == policy and cell["n"]]
+        known = [size for size in ram if size is not None]
+        if policy == TIERED and len(known) < len(ram):
+            whole = max((cell["resident_peak_bytes"] for cell in result["cells"] if cell["policy"] == FULL and cell["n"]), default=0)
+            least = f", which is up to {whole / 1024:,.0f} KiB under `{FULL}`" if whole else ""
+            said.append(f"That is not equal memory: beside its cells `{policy}` keeps in RAM whatever has left them, and both together are no less than the whole text{least}; how much RAM it was, this result did not keep.")
+        elif max(known, default=0) > 0:
+            said.append(f"That is not equal memory: beside its cells `{policy}` had up to {max(known) / 1024:,.0f} KiB in RAM.")
+    return said
 
 
 def failures(result: Result) -> list[str]:

@@ -137,13 +137,27 @@ def test_off_and_on_stand_apart_and_controls_beside_both(tmp_path):
     assert words.figures(result).count("+25.0") == 2
 
 
-def test_equal_memory_is_said_only_where_it_is(result):
-    assert words.peaks(result) == "Equal memory: every policy had exactly its budget in use at peak, 1024 bytes a cell under every policy."
+def test_equal_cells_are_said_only_where_they_are(result):
+    assert words.peaks(result) == "Equal cells: every policy had exactly its budget in use at peak, 1024 bytes a cell under every policy."
     cells = [dict(c) for c in result["cells"]]
     cells[2].update(resident_peak=128, resident_peak_bytes=128 * 1024)
     assert "peaks are 50.0 to 100 % of the budget" in words.peaks({"cells": cells})
     cells[2].update(resident_peak=300)
     assert words.peaks({"cells": cells}) == "**1 of 10 cells of this grid were above their budget.**"
+
+
+@pytest.mark.parametrize(("ram", "said"), [
+    ((300, 200), "That is not equal memory: beside its cells `clusterkv` had up to 300 KiB in RAM."),
+    ((None, 200), "both together are no less than the whole text, which is up to 110 KiB under `full`; how much RAM it was, this result did not keep."),
+])  # fmt: skip
+def test_ram_beside_the_cells_is_named(tmp_path, ram, said):
+    """`clusterkv` stores what leaves its cells: the same cells are not the same memory."""
+    cells = grid({"full": 20, "recency": 0, "clusterkv": 18})
+    for rows, kib in zip([rows for cell, rows in cells.items() if cell.config.policy == "clusterkv"], ram, strict=True):
+        for number, row in enumerate(rows):
+            row["kv"] |= {} if kib is None else {"ram_bytes": 1024 * (kib - number)}
+    found = words.peaks(heads.collected(folder(tmp_path / "one", cells)))
+    assert found.startswith("Equal cells: every policy had exactly its budget") and found.endswith(said)
 
 
 def test_the_command_collects_and_writes_the_page(tmp_path, capsys):
