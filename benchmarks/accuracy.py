@@ -13,22 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoomr_local.errors import UsageError, ZoomrError
 from zoomr_local.evaluate_report import auc_text, plot
-from zoomr_local.grading import wilson_interval
 
 from . import agreement as lookups_agreement
 from . import settings as chosen_settings
+from .accuracy_bars import bars, difference, has, share, uncompressed
+from .accuracy_merge import merged, way
 from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "accuracy.md", ROOT / "benchmarks" / "results"
-BEACON_BAR = "breadcrumbs at c = 8: at least 80 % of the uncompressed model's accuracy"
-CONTROLS = ("recency", "random", "streaming", "sumr")
 SECTIONS = {"settings": chosen_settings.text, "agreement": lookups_agreement.text}
 """Blocks that are made from one result file each, of the same name; their text without one says so."""
 
@@ -47,124 +46,7 @@ CELL = (
 
 Result = dict[str, Any]
 Cell = dict[str, Any]
-Bar = tuple[str, str, bool | None]
-"""What is asked, what was measured, and whether it is met; None where nothing was measured."""
-
-
-# ---------------------------------------------------------------- bars
-
-
-def bars(result: Result, models: Sequence[Result] = ()) -> list[Bar]:
-    """Every bar of the project that is for this result's model, those that are not met first, then those not measured.
-
-    A model that `breadcrumbs` was run on has a bar of its own, and the others are for the one that zooms. ``models``
-    are the results of all models, among which the uncompressed one is looked for.
-    """
-    families = list(dict.fromkeys(cell["family"] for cell in result["cells"]))
-    if _has(result, "breadcrumbs"):
-        found = [_beacon_bar(result, models)]
-    else:
-        found = [bar for family in families for bar in _family_bars(result, family)]
-        if not any(_has(other, "breadcrumbs") for other in models):
-            found.append((BEACON_BAR, "not measured", None))
-    found.append(_time_bar(result))
-    return sorted(found, key=lambda bar: (True if bar[2] is None else bar[2], bar[2] is not None))
-
-
-def _has(result: Result, policy: str) -> bool:
-    return any(cell["policy"] == policy and cell["n"] for cell in result["cells"])
-
-
-def _beacon_bar(result: Result, models: Sequence[Result]) -> Bar:
-    """The mean over all families that both have, so that the numbers of problems weigh nothing: of the model that was trained without
-    beacons, or of this one without a budget."""
-    plain = next((other for other in models if other["model"]["file"].startswith("plain") and _has(other, "full")), result)
-    full = {cell["family"]: cell for cell in plain["cells"] if cell["policy"] == "full" and cell["n"]}
-    crumbs = [cell for cell in result["cells"] if cell["policy"] == "breadcrumbs" and cell["n"] and cell["settings_text"] in ("", "beacon_every=8")]
-    # a c that is named counts before the model's own; the method has no budget, so the greatest is the nearest to it
-    mine = {cell["family"]: cell for cell in sorted(crumbs, key=lambda cell: (cell["settings_text"], cell["kv_budget"]))}
-    both = [family for family in mine if family in full]
-    if not both:
-        return BEACON_BAR, "not measured", None
-    shares = [sum(cells[family]["right"] / cells[family]["n"] for family in both) / len(both) for cells in (mine, full)]
-    texts = [_pooled([cells[family] for family in both]) for cells in (mine, full)]
-    ratio = shares[0] / shares[1] if shares[1] else 0.0
-    what = f"{100 * ratio:.0f} %: {texts[0]} against {texts[1]} of {plain['model']['file']} under full, {', '.join(both)}"
-    return BEACON_BAR, what, round(ratio, 6) >= 0.8
-
-
-def _pooled(cells: Sequence[Cell]) -> str:
-    right, n = sum(cell["right"] for cell in cells), sum(cell["n"] for cell in cells)
-    low, high = wilson_interval(right, n)
-    return _share({"accuracy": right / n, "wilson95": [low, high]})
-
-
-def _family_bars(result: Result, family: str) -> list[Bar]:
-    full = _find(result, family, "full", None)
-    if full is None:
-        return [(f"{family}: full", "not measured", None)]
-    found: list[Bar] = [(f"{family}: full, at least 97 % right", _share(full), full["accuracy"] >= 0.97)]
-    for part, name in ((4, "a quarter"), (8, "an eighth"))[: 2 if family == "series" else 1]:
-        budget = _budget(result, family, full["sequence_mean"] / part)
-        where = f"{family}, {name} of the full trace"
-        if budget is None:
-            found.append((f"{where}: zoomr within 2 points of full", f"not measured: it is {full['sequence_mean'] / part:.0f} cells", None))
-            continue
-        where = f"{where} ({budget} cells)"
-        found.append(_gap(result, family, "zoomr", budget, f"{where}: zoomr within 2 points of full", lambda d: d >= -0.02))
-        for control in CONTROLS:
-            asked = f"{where}: {control} at least 10 points behind full"
-            found.append(_gap(result, family, control, budget, asked, lambda d: d <= -0.1))
-    return found
-
-
-def _gap(result: Result, family: str, policy: str, budget: int, asked: str, enough: Callable[[float], bool]) -> Bar:
-    cell = _find(result, family, policy, budget)
-    if cell is None or cell["from_full"] is None or cell["from_full"]["difference"] is None:
-        return asked, "not measured", None
-    return asked, _difference(cell), enough(round(cell["from_full"]["difference"], 6))
-
-
-def _time_bar(result: Result) -> Bar:
-    name = "200 problems of one family, policy and budget: at most 10 minutes on two cores"
-    measured = [cell for cell in result["cells"] if cell["n"]]
-    if not measured:
-        return name, "not measured", None
-    slowest = max(measured, key=lambda cell: cell["seconds"] / cell["n"])
-    minutes = 200 * slowest["seconds"] / slowest["n"] / 60 / 2  # seconds are a process's, and two cores have two
-    what = f"{minutes:.1f} minutes for 200 in two processes at the pace of the slowest cell, {slowest['family']} {slowest['policy']} {slowest['kv_budget'] or ''}"
-    return name, what.strip(), minutes <= 10
-
-
-def _budget(result: Result, family: str, limit: float) -> int | None:
-    """The greatest measured budget of zoomr that is no more than ``limit`` cells."""
-    have = [c["kv_budget"] for c in result["cells"] if (c["family"], c["policy"]) == (family, "zoomr")]
-    return max((budget for budget in have if budget <= limit), default=None)
-
-
-def _find(result: Result, family: str, policy: str, budget: int | None) -> Cell | None:
-    """The cell with default settings, if it graded anything."""
-    wanted = (family, policy, budget, "")
-    for cell in result["cells"]:
-        if (cell["family"], cell["policy"], cell["kv_budget"], cell["settings_text"]) == wanted and cell["n"]:
-            return cell
-    return None
-
-
 # ---------------------------------------------------------------- text
-
-
-def _share(cell: Cell) -> str:
-    low, high = cell["wilson95"]
-    return f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}, {100 * high:.1f})"
-
-
-def _difference(cell: Cell) -> str:
-    pair = cell["from_full"]
-    if pair is None or pair["difference"] is None:
-        return "-"
-    low, high = pair["interval95"]
-    return f"{100 * pair['difference']:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
 
 
 def bars_text(results: Sequence[Result]) -> str:
@@ -172,7 +54,7 @@ def bars_text(results: Sequence[Result]) -> str:
     parts = []
     models = merged(results)
     for result in models:
-        if len(models) > 1 and not _has(result, "zoomr") and not _has(result, "breadcrumbs"):
+        if len(models) > 1 and not has(result, "zoomr") and not has(result, "breadcrumbs"):
             continue  # something to compare with: no bar is for it
         found = bars(result, models)
         missed, open_ = (sum(met is verdict for _, _, met in found) for verdict in (False, None))
@@ -180,31 +62,17 @@ def bars_text(results: Sequence[Result]) -> str:
         head = (f"**{missed} of {len(found)} bars are not reached.**" if missed else "Every bar that was measured is reached.") + also
         words = {True: "met", False: "**not met**", None: "not measured"}
         rows = [[asked, measured, words[met]] for asked, measured, met in found]
-        parts.append(f"{_title(result, models)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}")
+        parts.append(f"{_source(result, models)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}")
     return "\n\n".join(parts)
 
 
-def merged(results: Sequence[Result]) -> list[Result]:
-    """One result a model and way of measuring, with the cells of all its results; of cells measured twice the one of more problems stands."""
-    found: dict[str, Result] = {}
-    for result in results:
-        whole = found.setdefault(json.dumps([result.get("model"), result.get("versions"), _way(result)], sort_keys=True), {**result, "cells": []})
-        cells = {_place(cell): cell for cell in whole["cells"]}
-        for cell in result["cells"]:
-            if _place(cell) not in cells or cell["n"] > cells[_place(cell)]["n"]:
-                cells[_place(cell)] = cell
-        whole["cells"] = list(cells.values())
-    return list(found.values())
-
-
-def _way(result: Result) -> dict[str, Any]:
-    """How it was measured, but for the number of problems."""
-    asked = {name: value for name, value in (result.get("asked") or {}).items() if name != "n"}
-    return {**asked, "temperature": result.get("temperature"), "kv_type": result.get("kv_type")}
-
-
-def _place(cell: Cell) -> tuple[str, str, int | None, str]:
-    return cell["family"], cell["policy"], cell["kv_budget"], cell["settings_text"]
+def _source(result: Result, models: Sequence[Result]) -> str:
+    """Of which model the bars are, and every command whose cells they were judged on."""
+    drawn_on = [result, uncompressed(result, models)] if has(result, "breadcrumbs") else [result]
+    commands = dict.fromkeys(cell.get("command") for whole in drawn_on for cell in whole["cells"] if cell["n"])
+    lines = [f"- `{command}`" for command in commands if command]
+    title = [f"### {Path(result['model']['file']).stem}"] if len(models) > 1 else []
+    return "".join(f"{part}\n\n" for part in (*title, *(["Measured by\n\n" + "\n".join(lines)] if lines else [])))
 
 
 def figures_text(results: Sequence[Result]) -> str:
@@ -239,7 +107,7 @@ def figures(result: Result) -> str:
     for cell in result["cells"]:
         name = f"{cell['policy']} {cell['settings_text']}".strip() if compared else cell["policy"]
         rows.append([
-            cell["family"], name, str(cell["kv_budget"] or "-"), str(cell["n"]), _share(cell) if cell["n"] else "-", _difference(cell),
+            cell["family"], name, str(cell["kv_budget"] or "-"), str(cell["n"]), share(cell) if cell["n"] else "-", difference(cell),
             str(cell["out_of_tokens"]), str(cell["resident_peak"]), f"{cell['resident_mean']:.0f}",
             f"{cell['resident_peak_bytes'] / 1024:.0f}", str(cell["page_ins"]), f"{cell['tokens_per_s'] or 0:.0f}", f"{cell['seconds']:.0f}",
         ])  # fmt: skip
@@ -338,7 +206,7 @@ def drawn(results: Sequence[Result]) -> dict[str, Result]:
             raise UsageError(
                 f"--plot: the results of {result['model']['file']} are of two models, versions or ways of measuring (SHA-256"
                 f" {other['model']['sha256'][:8]} and {result['model']['sha256'][:8]}, {other['versions']} and {result['versions']},"
-                f" {_way(other)} and {_way(result)}); name those of one"
+                f" {way(other)} and {way(result)}); name those of one"
             )
     return found
 

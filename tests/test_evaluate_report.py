@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks are not installed
 
 from benchmarks import accuracy  # noqa: E402
+from benchmarks.accuracy_bars import BEACON_BAR  # noqa: E402
 
 # ---------------------------------------------------------------- statistics
 
@@ -178,9 +179,9 @@ def measured(family, policy, budget, right, of_full=None):
 
 @pytest.mark.parametrize("seconds, minutes, met", [(1200.0, "10.0", True), (1212.0, "10.1", False)])
 def test_the_time_bar_is_of_two_processes_at_the_slowest_cells_pace(seconds, minutes, met):
-    cells = [measured("dag", "full", None, 196), {**measured("dag", "zoomr", 250, 193, -3), "seconds": seconds}]
+    cells = [measured("dag", "full", None, 196), {**measured("dag", "zoomr", 250, 193, -3), "seconds": seconds, "settings_text": "beacon_every=4"}]
     (bar,) = [bar for bar in accuracy.bars({"cells": cells}) if bar[0].startswith("200 problems")]
-    assert bar[1].startswith(f"{minutes} minutes for 200 in two processes") and bar[1].endswith("dag zoomr 250") and bar[2] is met
+    assert bar[1].startswith(f"{minutes} minutes for 200 in two processes") and bar[1].endswith("the slowest cell, dag zoomr 250 beacon_every=4, n = 200") and bar[2] is met
 
 
 def test_bars_are_judged_at_the_greatest_budget_within_a_quarter_and_misses_stand_first():
@@ -197,7 +198,7 @@ def test_bars_are_judged_at_the_greatest_budget_within_a_quarter_and_misses_stan
     assert judged[f"{where}: random at least 10 points behind full"] is True
     assert judged[f"{where}: recency at least 10 points behind full"] is None
     assert [met for _, _, met in found] == [False, None, None, None, True, True, True, True]
-    assert "| dag, a quarter of the full trace (250 cells): sumr at least 10 points behind full | -8.0 (-10.0, +10.0) | **not met** |" in (
+    assert "| dag, a quarter of the full trace (250 cells): sumr at least 10 points behind full | -8.0 (-10.0, +10.0), n = 200 | **not met** |" in (
         accuracy.bars_text([{"cells": cells}])
     )
 
@@ -212,16 +213,53 @@ def test_the_bar_of_breadcrumbs_is_the_share_of_the_uncompressed_models_accuracy
     crumbs = result("breadcrumbs-tiny.gguf", *beacons, *other_c, measured("dag", "full", None, 200))
     plain = result("plain-tiny.gguf", measured("dag", "full", None, 150), measured("series", "full", None, 200), measured("linsys", "full", None, 200))
     zooms = result("zoomr-tiny.gguf", measured("dag", "full", None, 200), measured("dag", "zoomr", 250, 200, 0))
-    (bar,) = [bar for bar in accuracy.bars(crumbs, [crumbs, plain, zooms]) if bar[0] == accuracy.BEACON_BAR]
-    assert bar[1:] == ("80 %: 70.0 (65.3, 74.3) against 87.5 (83.9, 90.4) of plain-tiny.gguf under full, dag, series", True)
+    (bar,) = [bar for bar in accuracy.bars(crumbs, [crumbs, plain, zooms]) if bar[0] == BEACON_BAR]
+    assert bar[1:] == ("80 %: 70.0 (65.3, 74.3), n = 400 against 87.5 (83.9, 90.4), n = 400, of plain-tiny.gguf under full, dag, series", True)
     fewer = [{**cell, "n": 20, "right": 10} if cell["family"] == "dag" and cell["policy"] == "breadcrumbs" else cell for cell in crumbs["cells"]]
-    (bar,) = [bar for bar in accuracy.bars({**crumbs, "cells": fewer}, [crumbs, plain]) if bar[0] == accuracy.BEACON_BAR]
+    (bar,) = [bar for bar in accuracy.bars({**crumbs, "cells": fewer}, [crumbs, plain]) if bar[0] == BEACON_BAR]
     assert bar[1].startswith("80 %: ") and bar[2], "a family weighs the same with 20 problems as with 200"
     alone = accuracy.bars(crumbs, [crumbs])[0]
     assert alone[1].startswith("50 %: 50.0 (") and "breadcrumbs-tiny.gguf under full, dag" in alone[1] and alone[2] is False
     assert not any("zoomr" in asked for asked, *_ in accuracy.bars(crumbs))
-    assert accuracy.BEACON_BAR not in [asked for asked, *_ in accuracy.bars(zooms, [crumbs, zooms])]
-    assert "`plain-tiny.gguf`" not in accuracy.bars_text([crumbs, plain, zooms])
+    assert BEACON_BAR not in [asked for asked, *_ in accuracy.bars(zooms, [crumbs, zooms])]
+    page = accuracy.bars_text([crumbs, plain, zooms])
+    assert [line for line in page.splitlines() if line.startswith("###")] == ["### breadcrumbs-tiny", "### zoomr-tiny"]
+    assert "\n\nMeasured by\n\n- `breadcrumbs-tiny.gguf`\n- `plain-tiny.gguf`\n\nEvery bar" in page and "- `zoomr-tiny.gguf`\n\n" in page
+
+
+def test_a_setting_of_one_value_is_neither_merged_nor_judged_as_the_default():
+    def result(words, n, right, asked=None, **more):
+        command = f"zoomr eval -n {n} {words}"
+        cell = {**measured("dag", "breadcrumbs", 256, 200), "n": n, "right": right, "accuracy": right / n, **({} if asked is None else {"asked": asked})}
+        return {"model": {"file": "breadcrumbs-tiny.gguf"}, "command": command, "cells": [cell, {**measured("dag", "full", None, 200), "right": 200}], **more}
+
+    def bar(*results):
+        (whole,) = accuracy.merged(results)
+        assert accuracy.merged([whole]) == [whole]
+        return next(text for asked, text, _ in accuracy.bars(whole, [whole]) if asked == BEACON_BAR), whole
+
+    eight, sixteen = result("--beacon-every 8 -q", 100, 71), result("--beacon-every 16", 200, 20)
+    for other in (sixteen, result("--beacon-every=16", 200, 20), result("", 200, 20, {"beacon_every": 16}), result("", 200, 20, {"sinks": 3, "flash_attn": False})):
+        for order in ((eight, other), (other, eight)):
+            text, whole = bar(*order)
+            assert text.startswith("71 %: 71.0 (61.5, 79.0), n = 100 against") and len(whole["cells"]) == 3
+    assert bar(sixteen)[0] == "not measured"
+    assert bar(result("-q", 100, 40))[0].startswith("40 %"), "the model's first"
+    text, whole = bar(eight, result("-q", 200, 100, {"beacon_every": 8}))
+    assert text.startswith("50 %") and len(whole["cells"]) == 2, "the same, of more problems"
+    assert [cell["settings_text"] for cell in whole["cells"]] == ["beacon_every=8", ""], "it means nothing to full"
+    assert len(accuracy.merged([eight, result("--max-tokens 99", 9, 9)])) == len(accuracy.merged([eight, result("", 9, 9, asked={}) | {"asked": {"max_tokens": 99}}])) == 2
+    assert len(accuracy.merged([result("", 9, 9), result("", 9, 9) | {"asked": {"max_tokens": None}}])) == 1
+
+
+@pytest.mark.parametrize("flag, value, text", [("--refresh", "3", "refresh=3"), ("--window", "32", "window=32"), ("--zoomed-blocks", "2", "zoomed_blocks=2"), ("--kv-page-type", "q8_0", "kv_page_type=q8_0"), ("--vote-layers", "2,3", "vote_layers=2+3"), ("--no-flash-attn", "", "flash_attn=off")])
+def test_an_older_result_says_in_its_command_what_had_one_value(flag, value, text):
+    cells = [measured("dag", "full", None, 200), measured("dag", "zoomr", 250, 200, 0), measured("dag", "recency", 250, 0, -200)]
+    (whole,) = accuracy.merged([{"model": {"file": "m.gguf"}, "command": f"zoomr eval {flag} {value}", "cells": cells}])
+    everywhere = text if flag == "--no-flash-attn" else ""
+    assert [cell["settings_text"] for cell in whole["cells"]] == [everywhere, text, everywhere]
+    (typed,) = accuracy.merged([{"model": {"file": "m.gguf"}, "command": "zoomr eval --sinks 4 --on-full drop --flash-attn --kv-page-type f16", "cells": cells}])
+    assert {cell["settings_text"] for cell in typed["cells"]} == {""}, "defaults"
 
 
 def test_a_trace_too_short_for_the_smallest_budget_is_not_measured():
