@@ -199,6 +199,8 @@ class Job:
             self._say(f"{journal.path}: the last record was torn ({counted(journal.torn_bytes, 'byte')}); it is cut off and solved again")
         if done and len(done) + tally.done > len(self.problems):
             self._say(f"{journal.path}: keeps {counted(len(done), 'more record')} of problems that are not among these")
+        if left and (before := journal.earlier_code(manifest)):
+            self._say(f"note: {journal.path}: records there were made with zoomr {', '.join(before)}, further ones are with {manifest.versions.get('zoomr')}; --overwrite makes all anew")
         if tally.done and left:
             self._say(f"{journal.path}: {tally.done} of {len(self.problems)} {'is' if tally.done == 1 else 'are'} done already, {len(left)} to go")
         return left

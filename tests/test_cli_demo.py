@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from fake_engine import FakeEngine, opener
 from rich.console import Console
 
+from zoomr_cli import versions
 from zoomr_cli.blocks import ASCII, AWAY, KEPT, UNICODE, WRITTEN, ZOOMED, Trace, draw, legend
 from zoomr_cli.main import main
 from zoomr_cli.render import human_bytes, human_seconds
@@ -193,6 +195,52 @@ def test_policies_lists_the_registry(capsys):
 def test_version_names_all_three(capsys):
     assert main(["--version"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["zoomr", "bindings", "engine"]
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository with a file of code in it, and git's variables set to another one, as in a hook."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    root = tmp_path / "clone"
+    (root / "zoomr_local").mkdir(parents=True)
+    (root / "zoomr_local" / "a.py").write_text("one")
+    (root / "notes.md").write_text("one")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    return root
+
+
+def test_a_checkout_is_named_by_its_commit_and_changed_code_by_a_plus(clone, monkeypatch):
+    commit = (clone / ".git" / (clone / ".git" / "HEAD").read_text().split()[1]).read_text().strip()
+    tell = versions.checkout.__wrapped__
+    assert tell(clone) == f"checkout at {commit[:10]}"
+    (clone / "notes.md").write_text("two")
+    (clone / "zoomr_local" / "untracked.py").write_text("")
+    assert tell(clone) == f"checkout at {commit[:10]}", "no tracked code differs"
+    (clone / "zoomr_local" / "a.py").write_text("two")
+    assert tell(clone) == f"checkout at {commit[:10]}+"
+    versions.checkout.cache_clear()
+    monkeypatch.setattr(versions, "__file__", str(clone / "cli" / "versions.py"))
+    monkeypatch.setattr(versions, "_installed", lambda name: "not installed")
+    assert versions._packages()["zoomr"] == f"checkout at {commit[:10]}+"
+    monkeypatch.setattr(versions, "_installed", lambda name: "1.2")
+    assert versions._packages()["zoomr"] == "1.2", "an installed package is what it says"
+    versions.checkout.cache_clear()
+
+
+def test_git_is_run_in_the_checkout_of_this_package_only(clone, monkeypatch):
+    (clone / "inner" / "zoomr_local").mkdir(parents=True)  # a copy in somebody's repository
+    (clone / "other" / ".git").mkdir(parents=True)  # a repository of something else
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("git was run"))
+        assert versions.checkout.__wrapped__(clone / "inner") is None is versions.checkout.__wrapped__(clone / "other")
+    (clone / "other" / "zoomr_local").mkdir()
+    assert versions.checkout.__wrapped__(clone / "other") is None, "damaged, so git cannot tell"
+    monkeypatch.setenv("PATH", str(clone))
+    assert versions.checkout.__wrapped__(clone) is None, "no git"
 
 
 def test_without_the_library_everything_that_does_not_decode_still_works(tmp_path):

@@ -180,3 +180,24 @@ def test_a_manifest_that_somebody_edited_is_said_in_a_line(engine, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model": None}))
     assert run("in.jsonl", "-o", "out.jsonl") == 2
     assert "is not a manifest of zoomr solve" in capsys.readouterr().err
+
+
+def test_a_commit_between_two_starts_is_said_and_costs_no_record(engine, monkeypatch, capsys):
+    """Of a clone: what was solved stays, with a note that names both commits; an installed version is refused as ever."""
+    def of(commit: str) -> None:
+        monkeypatch.setattr("zoomr_cli.versions.versions", lambda: {"zoomr": commit})
+
+    of("checkout at aaa")
+    assert run("in.jsonl", "-o", "out.jsonl") == 0
+    cut = Path("out.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    Path("out.jsonl").write_bytes(b"".join(cut))
+    engine.prompts.clear()
+    capsys.readouterr()
+    of("checkout at bbb+")
+    assert run("in.jsonl", "-o", "out.jsonl") == 0 and engine.prompts == ["ask 2"] and records() == ["p0", "p1", "p2"]
+    err = capsys.readouterr().err
+    assert "note: out.jsonl: records there were made with zoomr checkout at aaa, further ones are with checkout at bbb+" in err
+    assert json.loads(Path("out.jsonl.manifest.json").read_text())["info"]["earlier_zoomr"] == ["checkout at aaa"]
+    assert run("in.jsonl", "-o", "out.jsonl") == 0 and "note:" not in capsys.readouterr().err, "nothing is left to make"
+    of("0.2")
+    assert run("in.jsonl", "-o", "out.jsonl") == 2 and "versions.zoomr" in capsys.readouterr().err

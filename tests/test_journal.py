@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoomr_local.errors import UsageError
-from zoomr_local.journal import Journal, Manifest, manifest_path, model_fingerprint, record_key
+from zoomr_local.journal import Journal, Manifest, code_of, manifest_path, model_fingerprint, record_key
 
 MANIFEST = Manifest({"policy": "zoomr", "kv_budget": 512}, {"file": "m.gguf"}, {"zoomr": "1"}, {"command": "a"})
 RECORDS = [{"id": "a", "content": "eins"}, {"id": "b", "content": "zwei \u2028 \r\n drei"}, {"id": "c", "content": "\ud800"}]
@@ -108,6 +108,27 @@ def test_info_may_differ(out):
     with Journal.open(out) as journal:
         journal.begin(Manifest(MANIFEST.settings, MANIFEST.model, MANIFEST.versions, {"command": "b"}))
     assert json.loads(manifest_path(out).read_text())["info"] == {"command": "b"}
+
+
+def at(commit: str, **info) -> Manifest:
+    return Manifest(MANIFEST.settings, MANIFEST.model, {"zoomr": commit}, info)
+
+
+def test_a_commit_between_two_starts_costs_no_record_and_is_kept(out):
+    """Of a clone; keys stay those of before commits were known. An installed version is compared as ever."""
+    older, newer, first = at("checkout at aaa"), at("checkout at bbb+"), at("not installed")
+    assert older.differences(newer) == [] == first.differences(newer) and len({m.fingerprint() for m in (older, newer, first)}) == 1
+    assert older.differences(at("0.2")) == ['versions.zoomr: "not installed" there, "0.2" now'] and at("0.1").differences(at("0.2"))
+    data = write(out, manifest=first)
+    for manifest, earlier in ((older, ["not installed"]), (older, ["not installed"]), (newer, ["not installed", "checkout at aaa"]), (older, ["not installed", "checkout at bbb+"])):
+        with Journal.open(out) as journal:
+            assert journal.earlier_code(manifest) == earlier
+            journal.begin(manifest)
+        assert json.loads(manifest_path(out).read_text())["info"] == {"earlier_zoomr": earlier} and out.read_bytes() == data
+        assert code_of(out) == [*earlier, manifest.versions["zoomr"]]
+    with Journal.open(out) as journal:
+        journal.begin(newer, overwrite=True)
+    assert code_of(out) == ["checkout at bbb+"]
 
 
 def test_settings_compare_as_json_would_store_them():

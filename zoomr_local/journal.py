@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from .errors import UsageError
 from .files import write_atomically
 from .sizes import counted
 
+CHECKOUT, NOT_INSTALLED = "checkout at ", "not installed"
+"""How ``versions.zoomr`` begins where a clone is run, and what it is where not even a commit is known."""
+_EARLIER = "earlier_zoomr"
 _EDGE_BYTES = 1 << 20  # of a model file that are hashed at each end: enough to tell two quantisations apart
 
 
@@ -33,8 +36,9 @@ _EDGE_BYTES = 1 << 20  # of a model file that are hashed at each end: enough to 
 class Manifest:
     """What the records of one output have in common.
 
-    ``settings``, ``model`` and ``versions`` must be equal for a run to be resumed; ``info`` (the command, what
-    the policy resolved to, threads) is kept for the reader and may differ.
+    ``settings``, ``model`` and ``versions`` must be equal for a run to be resumed, but for the commit of a clone: whoever
+    commits between two starts keeps what is finished. ``info`` (the command, what the policy resolved to, threads, and in
+    ``earlier_zoomr`` the commits that earlier records were made at) is kept for the reader and may differ.
     """
 
     settings: dict[str, Any]
@@ -48,8 +52,8 @@ class Manifest:
         if _plain(self.model) != _plain(other.model):
             there, now = self.model.get("file"), other.model.get("file")
             found.append(f"model: {there} there, {now} now" if there != now else f"model: another {now} than there")
-        for part in ("settings", "versions"):
-            there, now = _plain(getattr(self, part)), _plain(getattr(other, part))
+        pairs = {"settings": (_plain(self.settings), _plain(other.settings)), "versions": (_compared(self.versions), _compared(other.versions))}
+        for part, (there, now) in pairs.items():
             for name in sorted(there.keys() | now.keys()):
                 if there.get(name) != now.get(name):
                     found.append(f"{part}.{name}: {_short(there.get(name))} there, {_short(now.get(name))} now")
@@ -57,8 +61,14 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """A hash over the compared fields, part of every record's key."""
-        text = json.dumps([_plain(self.settings), _plain(self.model), _plain(self.versions)], sort_keys=True)
+        text = json.dumps([_plain(self.settings), _plain(self.model), _compared(self.versions)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def code(self) -> list[str]:
+        """``versions.zoomr`` of every start that records were made in, the last one's last."""
+        earlier, now = self.info.get(_EARLIER), self.versions.get("zoomr")
+        names = [name for name in earlier if isinstance(name, str)] if isinstance(earlier, list) else []
+        return [*(name for name in names if name != now), *([now] if isinstance(now, str) else [])]
 
 
 def record_key(problem: dict[str, Any], manifest: Manifest) -> str:
@@ -150,6 +160,11 @@ class Journal:
                 " use those settings, choose another output with -o, or start again with --overwrite"
             )
 
+    def earlier_code(self, manifest: Manifest) -> list[str]:
+        """``versions.zoomr`` that the records here were made with where it is not ``manifest``'s: other commits of one clone."""
+        stored = _read_manifest(self.manifest_path) if self.records else None
+        return [] if stored is None else [name for name in stored.code() if name != manifest.versions.get("zoomr")]
+
     def begin(self, manifest: Manifest, overwrite: bool = False, keep: Callable[[dict], bool] | None = None) -> None:
         """Make the file ready to append: cut a torn last line, write the manifest.
 
@@ -159,6 +174,8 @@ class Journal:
         if overwrite:
             self.records, self._whole_bytes, self.torn_bytes = [], 0, 0
         self.check(manifest)
+        if earlier := self.earlier_code(manifest):
+            manifest = replace(manifest, info={**manifest.info, _EARLIER: earlier})
         self._unused = False
         os.ftruncate(self._file, self._whole_bytes)
         write_atomically(self.manifest_path, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
@@ -299,6 +316,18 @@ def _open_locked(path: Path) -> int:
 
 def _lock(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def code_of(path: Path) -> list[str]:
+    """``versions.zoomr`` of every start that the records of the output ``path`` were made in; empty without a manifest. Raises UsageError for a damaged one."""
+    manifest = _read_manifest(manifest_path(path))
+    return [] if manifest is None else manifest.code()
+
+
+def _compared(versions: dict[str, Any]) -> dict[str, Any]:
+    """``versions`` with every clone alike, and like one whose commit was not known, so that keys do not change with a commit."""
+    found = _plain(versions)
+    return {**found, "zoomr": NOT_INSTALLED} if str(found.get("zoomr")).startswith(CHECKOUT) else found
 
 
 def _plain(value: Any) -> Any:
