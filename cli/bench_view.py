@@ -62,7 +62,7 @@ def _speeds(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A row a case, of those that were measured: memory and paging are the same in both of its tests."""
+    """A row a case, of those that were measured: memory is the same in both of its tests, and the pauses are those of the last, which decodes."""
     cases = {(row["depth_tokens"], row["policy"]): row for row in rows if row["kv_bytes"] is not None}
     return list(cases.values())
 

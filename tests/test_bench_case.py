@@ -127,24 +127,36 @@ def test_the_given_text_is_deterministic_and_ends_no_reply(model):
     assert len(opens) == len(closes) == 2 and all(c - o == bench_depth.SUMMARY_TOKENS - 1 for o, c in zip(opens, closes))
 
 
-def test_pauses_are_the_caches_moves_while_measuring(model, monkeypatch):
-    moves = {"in": 0, "out": 0}
+def test_pauses_are_the_caches_moves_within_the_measured_decoding(model, monkeypatch):
+    moves, doing = {}, ["reaching the depth"]
     seen = bench_case.Pauses._timed
 
     def counting(self, way, move):
         def counted(part, blocks):
-            found = move(part, blocks)
-            if self.on:
-                moves[way] += 1
-            return found
+            moves[doing[-1], way] = moves.get((doing[-1], way), 0) + 1
+            return move(part, blocks)
         return seen(self, way, counted)
 
+    def named(name, run):
+        def running(self, tokens):
+            doing.append(f"{name}{tokens}")
+            try:
+                return run(self, tokens)
+            finally:
+                doing.pop()
+        return running
+
     monkeypatch.setattr(bench_case.Pauses, "_timed", counting)
+    for name in ("decode", "prefill"):
+        monkeypatch.setattr(bench_depth.Deep, name, named(name, getattr(bench_depth.Deep, name)))
     found = measure(replace(SMALL, gen_tokens=64), silent)
     paging = found["paging"]
-    assert len(paging["page_out_seconds"]) == moves["out"] > 0
-    assert len(paging["page_in_seconds"]) == moves["in"]
-    assert paging["page_out_blocks"] >= moves["out"]
+    assert len(paging["page_out_seconds"]) == moves["decode64", "out"] > 0 < moves["prefill64", "out"]
+    assert len(paging["page_in_seconds"]) == moves.get(("decode64", "in"), 0)
+    assert paging["page_out_blocks"] >= moves["decode64", "out"]
+    pp, tg = bench_report.rows(found, force=True)
+    assert tg["page_out_count"] == moves["decode64", "out"] and tg["page_out_ms_p50"] > 0
+    assert {pp[column] for column in bench_report.PAUSES} == {None} and bench_report.pause_text(pp, "out") == "-"
 
 
 def test_bytes_to_disk_are_those_of_the_events(model, tmp_path):

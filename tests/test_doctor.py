@@ -95,6 +95,17 @@ def test_every_way_in_which_the_self_test_fails(capsys, child, steps, code, err,
         assert found["cure"] == "pip install ."
 
 
+def test_a_library_that_a_variable_names_is_not_cured_by_building(capsys, child, monkeypatch, tmp_path):
+    monkeypatch.setenv("ZOOMR_LIB_DIR", str(tmp_path))
+    child({}, code=-signal.SIGSEGV)
+    assert run(capsys, code=1)["library"]["cure"] == "unset ZOOMR_LIB_DIR, or name another folder by it"
+    monkeypatch.undo()
+    monkeypatch.setenv("ZOOMR_LIB_DIR", str(tmp_path))
+    found = run(capsys, code=1)["library"]
+    assert f"in {tmp_path} (ZOOMR_LIB_DIR)" in found["text"]
+    assert found["cure"].startswith("unset ZOOMR_LIB_DIR, or name the folder that holds this zoomr-local's libllama.")
+
+
 def test_a_self_test_that_does_not_end(capsys, monkeypatch):
     def late(*args, **more):
         raise subprocess.TimeoutExpired("x", 1, output=(json.dumps({"library": GOOD["library"]}) + "\n").encode())

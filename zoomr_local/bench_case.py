@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ class Case:
 
 
 class Pauses:
-    """How long decoding stood still for paging: the cache's moves, timed one by one while this is ``on``."""
+    """How long decoding stood still for paging: the cache's moves, timed one by one while this is ``on``.
+
+    Not while text is prefilled: the moves of a piece of hundreds of tokens are no pause of any token."""
 
     def __init__(self, cache: Any) -> None:
         self.on = False
@@ -83,6 +86,14 @@ class Pauses:
             return event
 
         return timed
+
+    def during(self, decode: Callable[[int], float], tokens: int) -> float:
+        """What ``decode`` answers for ``tokens``, with this on meanwhile."""
+        self.on = True
+        try:
+            return decode(tokens)
+        finally:
+            self.on = False
 
 
 def measure(case: Case, say: Say) -> dict[str, Any]:
@@ -121,8 +132,7 @@ def _measured(case: Case, say: Say) -> dict[str, Any]:
         reached = time.perf_counter() - start
         whole_peak = bench_meter.memory().peak_bytes
         reset = bench_meter.reset_peak()
-        pauses.on = True
-        tests = [_decode(deep, case, say), _prefill(deep, case, say)]
+        tests = [_decode(deep, case, say, pauses), _prefill(deep, case, say)]
         return {
             **facts, "status": MEASURED, "tests": tests, "reach_seconds": reached, "warnings": deep.warnings,
             "memory": _memory(deep, reset, whole_peak), "paging": _paging(deep, pauses),
@@ -165,9 +175,9 @@ def _reply_tokens(case: Case) -> int:
     return case.depth + WARM_TOKENS + case.repetitions * (case.gen_tokens + case.prompt_tokens) + 64
 
 
-def _decode(deep: Deep, case: Case, say: Say) -> dict[str, Any]:
+def _decode(deep: Deep, case: Case, say: Say, pauses: Pauses) -> dict[str, Any]:
     deep.decode(WARM_TOKENS)
-    return _repeat("tg", case.gen_tokens, deep.decode, deep, case, say)
+    return _repeat("tg", case.gen_tokens, partial(pauses.during, deep.decode), deep, case, say)
 
 
 def _prefill(deep: Deep, case: Case, say: Say) -> dict[str, Any]:

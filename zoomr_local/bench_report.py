@@ -29,6 +29,9 @@ COLUMNS = (
 )  # fmt: skip
 """The columns of a row, in order: keys in JSON, heads in CSV."""
 
+PAUSES = tuple(column for column in COLUMNS if column.startswith(("page_in_", "page_out_")))
+"""Columns of decoding alone: None in the row of a prefill."""
+
 MEMORY = ("kv_bytes", "index_bytes", "ram_bytes", "disk_bytes", "rss_peak_bytes", "rss_peak_is", "rss_anonymous_bytes")
 
 
@@ -54,7 +57,7 @@ def rows(result: Mapping[str, Any], force: bool = False) -> list[dict[str, Any]]
     common.update({key: result["memory"][key] for key in MEMORY})
     common.update(_paging(result["paging"]))
     tests = sorted(result["tests"], key=lambda test: test["test"])  # pp, then tg, as llama-bench has them
-    return [{**common, **_speed(test, result["depth"], force)} for test in tests]
+    return [{**common, **_speed(test, result["depth"], force), **(dict.fromkeys(PAUSES) if test["test"] == "pp" else {})} for test in tests]
 
 
 def _speed(test: Mapping[str, Any], depth: int, force: bool) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def _markdown_cells(row: Mapping[str, Any]) -> list[str]:
 
 def notes(found: Sequence[Mapping[str, Any]], repetitions: int) -> list[str]:
     """What must be said beside any table of these rows: the statistic, how depths were reached, marks and reasons."""
-    said = [f"t/s: median (least to greatest) of {repetitions}. page-in, page-out: p50 / p95 of the pauses while measuring."]
+    said = [f"t/s: median (least to greatest) of {repetitions}. page-in, page-out: p50 / p95 of the pauses while decoding."]
     ways = {row["depth_by"] for row in found}
     if "text" in ways:
         said.append("Depths reached by text: every token before the measurement was computed.")

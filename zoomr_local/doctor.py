@@ -33,6 +33,7 @@ LEAST_FREE_DISK_BYTES = 1 << 30
 LEAST_FREE_MEMORY_BYTES = 1 << 30
 BINDINGS = "llama-cpp-python"
 REBUILD = "CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install --force-reinstall --no-deps ."
+OTHER_LIBRARY = "unset ZOOMR_LIB_DIR, or name another folder by it"
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _pages(found: dict[str, Any]) -> Check:
     wrong = [word for word, good in (("finite numbers", found["finite"]), ("lossless pages", found["lossless"]), ("exact removal", found["exact"]),
                                      ("an effect of removal", found["differs"])) if not good]  # fmt: skip
     if wrong:
-        return Check("paging", PROBLEM, f"the library computes wrong here: no {', no '.join(wrong)}", REBUILD, found)
+        return Check("paging", PROBLEM, f"the library computes wrong here: no {', no '.join(wrong)}", _other_library(), found)
     return Check("paging", OK, "what leaves the cache comes back bit for bit, and what is away is away", data=found)
 
 
@@ -205,7 +206,7 @@ def _budget(found: dict[str, Any]) -> Check:
     kept = found["peak_tokens"] <= found["budget_tokens"]
     if not kept or found["page_outs"] < 1 or found["blocks"] < 2:
         text = f"a reply of {found['tokens']} tokens took {found['peak_tokens']} of {found['budget_tokens']} cells, wrote {found['blocks']} thoughts and paged out {found['page_outs']}"
-        return Check("generation", PROBLEM, text, REBUILD, found)
+        return Check("generation", PROBLEM, text, _other_library(), found)
     speed = found["tokens"] / found["seconds"]
     text = (f"{found['tokens']} tokens in {found['peak_tokens']} of {found['budget_tokens']} cells, {found['blocks']} thoughts, {found['page_outs']} paged"
             f" out, {found['page_ins']} came back; {speed:,.0f} tokens/s, one thread")  # fmt: skip
@@ -219,11 +220,16 @@ def _failed(step: str, code: int | None, said: str) -> Check:
     if code < 0:
         kind = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         why = "it was built for another processor" if code == -signal.SIGILL else "the library is damaged or does not fit this system"
-        return Check(name, PROBLEM, f"the library ends its process with {kind}: {why}", REBUILD)
+        return Check(name, PROBLEM, f"the library ends its process with {kind}: {why}", _other_library())
     lines = [line for line in said.strip().splitlines() if line.strip()] or ["it said nothing"]
     # the messages of LibraryError end in the command that helps, after a colon
-    cure = lines[-1].rpartition(": ")[2] if len(lines) > 1 and step == "library" else REBUILD
+    cure = lines[-1].rpartition(": ")[2] if len(lines) > 1 and step == "library" else _other_library()
     return Check(name, PROBLEM, printable(lines[0] if step == "library" else lines[-1], 400), cure)
+
+
+def _other_library() -> str:
+    """The cure of a library that is no good: a build does not reach the one that a variable names."""
+    return OTHER_LIBRARY if os.environ.get("ZOOMR_LIB_DIR") else REBUILD
 
 
 def _version(package: str) -> str | None:

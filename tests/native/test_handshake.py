@@ -15,6 +15,7 @@ from zoomr_local.errors import LibraryError
 from zoomr_local.libllama import library, library_info
 
 REBUILD = "pip install --force-reinstall --no-deps ."
+UNSET = ": unset ZOOMR_LIB_DIR, or name the folder that holds this zoomr-local's libllama."
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -58,18 +59,28 @@ def test_nothing_is_printed():
 
 def test_a_missing_library(tmp_path):
     message = import_error(ZOOMR_LIB_DIR=str(tmp_path))
-    assert "is missing" in message and str(tmp_path) in message and REBUILD in message
+    assert "is missing" in message and f"{tmp_path} (ZOOMR_LIB_DIR)" in message and UNSET in message and REBUILD not in message
+
+
+def test_without_the_variable_the_cure_is_to_build(tmp_path, monkeypatch):
+    monkeypatch.delenv("ZOOMR_LIB_DIR", raising=False)
+    monkeypatch.setattr(library, "candidate_dirs", lambda: [tmp_path])
+    with pytest.raises(LibraryError, match=f"in {re.escape(str(tmp_path))}\\.\nBuild it, in a checkout of zoomr-local: {re.escape(REBUILD)}$"):
+        library.find_library()
+    (tmp_path / library.library_name()).write_bytes(b"not a library")
+    with pytest.raises(LibraryError, match=f"\nBuild it again: {re.escape(REBUILD)}$"):
+        library.check_version(tmp_path / library.library_name())
 
 
 def test_a_stock_library(stock):
     message = import_error(ZOOMR_LIB_DIR=str(find_stock()))
-    assert "stock llama.cpp" in message and REBUILD in message
+    assert "stock llama.cpp" in message and UNSET in message
 
 
 def test_a_library_that_cannot_be_loaded(tmp_path):
     (tmp_path / library.library_name()).write_bytes(b"not a library")
     message = import_error(ZOOMR_LIB_DIR=str(tmp_path))
-    assert "cannot be loaded" in message and REBUILD in message
+    assert "cannot be loaded" in message and UNSET in message
 
 
 def compiled(tmp_path: Path, version: str) -> Path:
@@ -83,7 +94,7 @@ def compiled(tmp_path: Path, version: str) -> Path:
 
 def test_a_library_of_another_interface(tmp_path):
     message = import_error(ZOOMR_LIB_DIR=str(compiled(tmp_path, f"999 {library.ENGINE_VERSION}")))
-    assert "interface 999" in message and f"needs {library.ABI}" in message and REBUILD in message
+    assert "interface 999" in message and f"needs {library.ABI}" in message and UNSET in message
 
 
 def test_bindings_of_another_version(tmp_path):

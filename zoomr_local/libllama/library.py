@@ -28,6 +28,13 @@ def library_name() -> str:
     return {"darwin": "libllama.dylib", "win32": "llama.dll"}.get(sys.platform, "libllama.so")
 
 
+def cure(otherwise: str) -> str:
+    """The last line of an error: what to type. Where ``ZOOMR_LIB_DIR`` names the one folder that is looked at, building changes nothing there."""
+    if os.environ.get("ZOOMR_LIB_DIR"):
+        return f"No other folder is looked at: unset ZOOMR_LIB_DIR, or name the folder that holds this zoomr-local's {library_name()}"
+    return f"{otherwise}: {REBUILD}"
+
+
 def candidate_dirs() -> list[Path]:
     """Where the library may be, best first: said by hand, beside this package, a developer's build, installed."""
     if os.environ.get("ZOOMR_LIB_DIR"):
@@ -46,10 +53,10 @@ def find_library() -> Path:
     for folder in dirs:
         if (folder / library_name()).is_file():
             return folder.resolve() / library_name()
-    looked = ", ".join(str(folder) for folder in dirs)
+    looked = ", ".join(str(folder) for folder in dirs) + (" (ZOOMR_LIB_DIR)" if os.environ.get("ZOOMR_LIB_DIR") else "")
     raise LibraryError(
         f"zoomr-local's own build of llama.cpp is missing: no {library_name()} in {looked}.\n"
-        f"Build it, in a checkout of zoomr-local: {REBUILD}")
+        + cure("Build it, in a checkout of zoomr-local"))
 
 
 def check_version(path: Path) -> str:
@@ -57,19 +64,19 @@ def check_version(path: Path) -> str:
     try:
         probe = ctypes.CDLL(str(path))
     except OSError as error:
-        raise LibraryError(f"{path} cannot be loaded: {error}.\nBuild it again: {REBUILD}") from error
+        raise LibraryError(f"{path} cannot be loaded: {error}.\n" + cure("Build it again")) from error
     try:
         version = probe.zoomr_version
     except AttributeError:
         raise LibraryError(
             f"{path} is a stock llama.cpp, without the paging that zoomr-local adds.\n"
-            f"Unset ZOOMR_LIB_DIR, or build the patched one: {REBUILD}") from None
+            + cure("Build the patched one")) from None
     version.restype = ctypes.c_char_p
     abi, _, engine = version().decode().partition(" ")
     if abi != str(ABI):
         raise LibraryError(
             f"{path} has interface {abi}, this zoomr-local needs {ABI}: they are from different versions.\n"
-            f"Build it again: {REBUILD}")
+            + cure("Build it again"))
     return engine
 
 
