@@ -238,6 +238,7 @@ def measure(args: argparse.Namespace, argv: list[str], path: Path | None) -> dic
     whole: dict[str, Any] = {"benchmark": "memory", "parts": {}}
     if path and path.exists():
         whole = json.loads(path.read_text())
+    now = commit()
     for part in args.parts:
         wait_for_idle(args.wait)
         host = machine()
@@ -248,7 +249,7 @@ def measure(args: argparse.Namespace, argv: list[str], path: Path | None) -> dic
         journals: list[Journal] = []
 
         def journal_of(name: str, settings: dict[str, Any], kept: list[Journal] = journals) -> Journal:
-            kept.append(Journal(args.work, name, settings, args.fresh))
+            kept.append(Journal(args.work, name, settings, args.fresh, now))
             if kept[-1].pieces:
                 tell(f"going on with an unfinished run of {name}; --fresh begins again")
             return kept[-1]
@@ -258,8 +259,11 @@ def measure(args: argparse.Namespace, argv: list[str], path: Path | None) -> dic
         if host["others_cores"] > bench_meter.BUSY_CORES and not host["busy"]:
             host["busy"] = f"other processes used up to {host['others_cores']:.2f} cores"
         whole["parts"][part] = {
-            "date": datetime.date.today().isoformat(), "commit": commit(), "command": command(argv), "machine": host, **found,
+            "date": datetime.date.today().isoformat(), "commit": now, "command": command(argv), "machine": host, **found,
         }  # fmt: skip
+        commits = [name for journal in journals for name in journal.commits()]
+        if any(name != now for name in commits):
+            whole["parts"][part]["commits"] = list(dict.fromkeys(commits))
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(whole, indent=1) + "\n")

@@ -181,7 +181,8 @@ def conditions(part: Part, what: str) -> str:
     m = part["machine"]
     idle = f"idle (other processes used at most {m['others_cores']:.2f} cores in any round)"
     state = f"**busy, the times are not to be trusted**: {m['busy']}" if m["busy"] else idle
-    return (f"{part['date']}, commit {part['commit']}, `{part['command']}`. Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gb']:.0f} GB, "
+    several = f" **rounds of several commits** ({', '.join(part['commits'])}), as the run was interrupted and went on," if "commits" in part else ""
+    return (f"{part['date']}, commit {part['commit']},{several} `{part['command']}`. Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gb']:.0f} GB, "
             f"{m['system']}, Python {m['python']}; {state}. {what}")
 
 

@@ -43,6 +43,41 @@ def test_a_journal_keeps_what_is_finished_and_forgets_a_torn_line(tmp_path):
     assert not again.path.exists()
 
 
+def test_a_journal_keeps_the_commit_of_each_piece(tmp_path):
+    """The same command may go on at another commit; lines of before that was kept are of an unknown one."""
+    first = Journal(tmp_path, "part", {}, commit="aaa")
+    first.path.write_text('["zero", 0]\n')
+    for commit, key in (("aaa", "one"), ("bbb+", "two"), ("bbb+", "three")):
+        Journal(tmp_path, "part", {}, commit=commit).add(key, 1)
+    again = Journal(tmp_path, "part", {}, commit="ccc")
+    assert again.pieces == {"zero": 0, "one": 1, "two": 1, "three": 1} and again.commits() == ["unknown", "aaa", "bbb+"]
+    again.add("one", 2)
+    assert again.commits() == ["unknown", "ccc", "bbb+"]
+
+
+def test_rounds_of_several_commits_are_said(tmp_path, monkeypatch):
+    def measured(args, journal_of):
+        journal = journal_of("tiers", {})
+        journal.add(f"round {len(journal.pieces)}", 1)
+        if len(journal.pieces) < 2:
+            raise KeyboardInterrupt
+        return {}
+
+    for name, of in (("run_tiers", measured), ("wait_for_idle", lambda _: None), ("machine", lambda: {"busy": ""})):
+        monkeypatch.setattr(memory, name, of)
+    monkeypatch.setattr(memory.bench_meter, "why_busy_now", lambda: "")
+    args = memory.options(["tiers", "--work", str(tmp_path)])
+    monkeypatch.setattr(memory, "commit", lambda: "aaa")
+    with pytest.raises(KeyboardInterrupt):
+        memory.measure(args, [], None)
+    monkeypatch.setattr(memory, "commit", lambda: "bbb")
+    part = memory.measure(args, [], None)["parts"]["tiers"]
+    assert (part["commit"], part["commits"]) == ("bbb", ["aaa", "bbb"])
+    part["machine"] = tiers_part()["machine"]
+    assert "commit bbb, **rounds of several commits** (aaa, bbb), as the run was interrupted and went on, `" in memory_report.conditions(part, "")
+    assert "several" not in memory_report.conditions(tiers_part(), "")
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
