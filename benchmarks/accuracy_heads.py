@@ -24,6 +24,7 @@ from zoomr_local.engine_config import EngineConfig
 from zoomr_local.errors import UsageError, ZoomrError
 from zoomr_local.evaluate import Cell
 from zoomr_local.evaluate_report import write_json
+from zoomr_local.journal import code_of
 
 KEPT = ("date", "command", "asked", "max_tokens", "temperature", "kv_type", "threads", "model", "versions", "machine")
 CELL = (
@@ -36,6 +37,7 @@ RIGHT, WRONG, FAILED = "1", "0", "-"
 def collected(folder: Path) -> dict[str, Any]:
     """What the page needs of a finished evaluation: conditions, figures a cell, and its ``answers``, a letter a problem of
     ``problems`` in its family: 1 right, 0 wrong, - failed. ``ram_bytes``: the most that any problem had outside the cells, where records say so.
+    ``code``: what zoomr they were made with, where that is not what ``versions`` says alone (of a clone whose commit changed meanwhile).
 
     Raises UsageError for a folder without a whole evaluation.
     """
@@ -55,7 +57,9 @@ def collected(folder: Path) -> dict[str, Any]:
         ram = [record["kv"]["ram_bytes"] for record in records.values() if "ram_bytes" in record.get("kv", {})]
         beside = {"ram_bytes": max(ram)} if ram else {}
         cells.append({**{name: cell[name] for name in CELL}, **beside, "answers": answers, "errors": dict(errors)})
-    return {**{name: result[name] for name in KEPT if name in result}, "problems": problems, "cells": cells}
+    code = list(dict.fromkeys(name for cell in result["cells"] for name in code_of(folder / _file_name(cell))))
+    several = {"code": code} if set(code) - {result["versions"].get("zoomr")} else {}
+    return {**{name: result[name] for name in KEPT if name in result}, **several, "problems": problems, "cells": cells}
 
 
 def _file_name(cell: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy import conditions
 from benchmarks.report import table
+from benchmarks.runs import several_text
 from zoomr_local.errors import UsageError
 from zoomr_local.evaluate_report import paired_difference
 from zoomr_local.grading import wilson_interval
@@ -218,7 +219,7 @@ def text(results: Sequence[Result]) -> str:
         return "No per-head policy was measured yet."
     parts = []
     for result in results:
-        parts += [f"### {result['model']['file'].removesuffix('.gguf')}: `{result['command']}`", conditions(result), peaks(result)]
+        parts += [f"### {result['model']['file'].removesuffix('.gguf')}: `{result['command']}`", conditions(result) + several_text(result), peaks(result)]
         if failed := failures(result):
             parts += ["**Problems that failed** count neither right nor wrong:", "\n".join(failed)]
         orders = [line for place in sets(result) if (line := order(result, *place))]

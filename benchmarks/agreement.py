@@ -169,8 +169,9 @@ def _main(args: Any, argv: Sequence[str]) -> int:
             print(f"{cell.label}: about {tokens[family]:,} tokens")
         print(f"about {sum(tokens.values()):,} tokens to decode")
         return 0
-    conditions, cells = plan.conditions(), list(plan.cells.values())
-    result = {**conditions, **summary({cell.family: records for cell, records in plan.solve(cells, cells).items()})}
+    conditions, cells = plan.conditions(), list(plan.cells.values())  # before hours of solving: at which commit it began
+    found = summary({cell.family: records for cell, records in plan.solve(cells, cells).items()})
+    result = {**conditions, **found}
     runs.write_result(args.result, result)
     print(text(result))
     if result["failed"]:

@@ -23,7 +23,7 @@ from zoomr_cli import solve as solving
 from zoomr_local.engine import EngineConfig
 from zoomr_local.errors import ModelError, UsageError, ZoomrError
 from zoomr_local.evaluate import Cell, Run, Suite, bundled_suite, evaluate
-from zoomr_local.journal import model_fingerprint
+from zoomr_local.journal import code_of, model_fingerprint
 from zoomr_local.sampling import SamplingParams
 from zoomr_local.solve import Tally
 
@@ -97,6 +97,7 @@ class Plan:
         except OSError as error:
             raise ModelError(f"cannot read the model {self.model_file}: {error.strerror}; give a .gguf file with -m") from error
         threads = 1 if args.jobs > 1 else options.thread_count(None, self.model_file)
+        self._conditions: dict[str, Any] = {}
         self.cells = {
             family: Cell(family, EngineConfig(policy="zoomr", kv_budget=budget, threads=threads, seed=args.seed))
             for family, budget in self.budgets.items()
@@ -126,17 +127,22 @@ class Plan:
 
         found = evaluate(run, watch, overwrite=self.args.fresh)
         assert found is not None  # nobody asks it to stop: Ctrl-C raises
+        code = [*self._conditions.get("code", []), *(name for cell in cells for name in code_of(self.args.work / cell.file_name))]
+        if set(code) - {run.versions.get("zoomr")}:
+            self._conditions["code"] = list(dict.fromkeys(code))
         return found
 
     def conditions(self) -> dict[str, Any]:
-        """What the figures depend on, for the result file."""
+        """What the figures depend on, for the result file: the same object at every call. If records turn out to be of other
+        commits too, as a run went on or is only reported at this one, `solve` puts all of them there as ``code``."""
         a = self.args
-        return {
+        self._conditions |= {
             "date": datetime.date.today().isoformat(), "commit": commit(), "command": self.command, "machine": machine(),
             "model": self.model, "versions": versions.versions(), "temperature": 0.0,
             "asked": {"n": a.n, "split": a.split, "seed": a.seed, "thoughts": a.thoughts, "families": self.suite.families},
             "kv_budget": self.budgets, "max_tokens": self.suite.max_tokens, "jobs": a.jobs,
         }  # fmt: skip
+        return self._conditions
 
     def tokens(self) -> dict[str, int]:
         """About how many tokens one cell of each family decodes, by the tasks' reference traces."""
@@ -159,8 +165,13 @@ def conditions_text(result: dict[str, Any]) -> str:
     return (
         f"{result['date']}, commit {result['commit']}, `{result['command']}`. {asked['n']} problems a family of {of}, split {asked['split']}, "
         f"seed {asked['seed']}, greedy; policy zoomr, budget in cells: {cells}. Model {model['file']}, {model['bytes']:,} bytes, SHA-256 of "
-        f"{model['hashed']} {model['sha256'][:16]}. Machine: {host['cpu']}, {host['cores']} cores, {host['system']}.{busy}"
+        f"{model['hashed']} {model['sha256'][:16]}. Machine: {host['cpu']}, {host['cores']} cores, {host['system']}.{busy}{several_text(result)}"
     )
+
+
+def several_text(result: dict[str, Any]) -> str:
+    """Whether there are records of other commits than the one that is named, a sentence with a space before it, or nothing."""
+    return f" **Not all records are of that commit**: they were made with zoomr {', '.join(result['code'])}." if "code" in result else ""
 
 
 def command_line(module: str, argv: Sequence[str]) -> str:

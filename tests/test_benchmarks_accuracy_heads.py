@@ -160,6 +160,18 @@ def test_ram_beside_the_cells_is_named(tmp_path, ram, said):
     assert found.startswith("Equal cells: every policy had exactly its budget") and found.endswith(said)
 
 
+def test_records_of_other_commits_are_said(tmp_path):
+    """results.json names what zoomr it was at the last start; the manifests know of all."""
+    one = folder(tmp_path / "one", grid())
+    about = {"settings": {}, "model": {}, "versions": {"zoomr": "1"}}
+    for path in one.glob("*.jsonl"):
+        path.with_name(path.name + ".manifest.json").write_text(json.dumps(about))
+    assert "code" not in heads.collected(one)
+    (one / "dag.rkv.256.jsonl.manifest.json").write_text(json.dumps({**about, "info": {"earlier_zoomr": ["checkout at aaa"]}}))
+    found = heads.collected(one)
+    assert sorted(found["code"]) == ["1", "checkout at aaa"] and "**Not all records are of that commit**: they were made with zoomr " in words.text([found])
+
+
 def test_the_command_collects_and_writes_the_page(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"before {words.BEGIN} x {words.END} after")

@@ -307,6 +307,17 @@ def test_misuse_is_one_clear_line(arguments, complaint, capsys):
     assert err.startswith("error: ") and complaint in err and len(err.splitlines()) == 1
 
 
+def test_records_of_other_commits_are_said(tmp_path, engine, monkeypatch, capsys):
+    """A run goes on at another commit and keeps what is solved; the page must not name the last commit alone."""
+    command = ["--families", "series", "--thoughts", "3", "--work", str(tmp_path / "work"), "--result", str(tmp_path / "r.json"), "-q"]
+    for n, commit, made in (("1", "aaa", []), ("1", "bbb", ["aaa"]), ("2", "ccc", ["aaa", "ccc"])):
+        monkeypatch.setattr("zoomr_cli.versions.versions", lambda commit=commit: {"zoomr": f"checkout at {commit}"})
+        assert agreement.main(["-n", n, *command]) == 0
+        names = [f"checkout at {name}" for name in made]
+        assert json.loads((tmp_path / "r.json").read_text()).get("code", []) == names
+        assert (f"**Not all records are of that commit**: they were made with zoomr {', '.join(names)}." in capsys.readouterr().out) is bool(made)
+
+
 def test_another_split_never_takes_the_place_of_the_published_result(tmp_path, engine, monkeypatch, capsys):
     """The file that goes into the docs is of one split; the other one's result needs a name of its own."""
     monkeypatch.setattr("benchmarks.runs.RESULTS", tmp_path)
