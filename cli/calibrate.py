@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from zoomr_local.errors import UsageError
+
 from . import options
 
 _PLOT_BUDGET_TOKENS = 512
@@ -31,6 +33,8 @@ def calibrate(
         from zoomr_local.evaluate_report import require_matplotlib
 
         require_matplotlib()
+        if plot.is_dir():
+            raise UsageError(f"--plot {plot} is a folder; name a PNG file in it")
     from zoomr_local import calibrate as measuring
     from zoomr_local import calibrations
     from zoomr_local.model import Model
@@ -47,17 +51,19 @@ def calibrate(
     finally:
         opened.close()
     written = calibrations.write(found, path, output)
+    if as_json:  # before the plot: a folder that cannot be written must not cost the figures
+        print(json.dumps({"output": str(written), **asdict(found)}), flush=True)
+    else:
+        print(f"{name}: tokens that hold {found.mass:g} of the attention, mean over {found.queries} queries of {found.prompts} replies")
+        print("\n".join(measuring.wave_lines(found)), flush=True)
+    if not quiet and not as_json:
+        print(f"in {written}", file=sys.stderr)
+        if output is not None and output not in calibrations.places(path):
+            print(f"note: --policy reasonalloc looks for {calibrations.places(path)[0]}", file=sys.stderr)
     if plot is not None:
         from zoomr_local.policies.heads import ReasonAlloc
 
         cells = ReasonAlloc(calibration=found).layer_budgets(len(found.demand), _PLOT_BUDGET_TOKENS)
         measuring.plot(plot, found, name, cells, _PLOT_BUDGET_TOKENS)
-    if as_json:
-        print(json.dumps({"output": str(written), **asdict(found)}))
-        return
-    print(f"{name}: tokens that hold {found.mass:g} of the attention, mean over {found.queries} queries of {found.prompts} replies")
-    print("\n".join(measuring.wave_lines(found)))
-    if not quiet:
-        print(f"in {written}{f', {plot}' if plot else ''}", file=sys.stderr)
-        if output is not None and output not in calibrations.places(path):
-            print(f"note: --policy reasonalloc looks for {calibrations.places(path)[0]}", file=sys.stderr)
+        if not quiet:
+            print(f"drawn: {plot}", file=sys.stderr)

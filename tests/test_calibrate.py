@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from zoomr_cli.main import main
-from zoomr_local import calibrate, calibrations
+from zoomr_local import calibrate, calibrations, machine
 from zoomr_local.engine import Engine, EngineConfig
 from zoomr_local.errors import UsageError
 from zoomr_local.libllama.heads import HeadStore
@@ -89,6 +89,29 @@ def test_the_demand_is_the_slow_references(model, prompt, monkeypatch):
         each = [slow.tokens_for_mass(head, found.mass) for step in rows[layer] for head in step]
         assert demand == pytest.approx(np.mean(each)) and max(each) <= 65
     assert found.model == calibrations.fingerprint(model.path)
+
+
+def test_a_reply_beyond_the_trained_length_or_memory_is_refused_before_anything_is_allocated(copy, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "HeadStore", None)
+    assert main(["calibrate", "-m", str(copy), "-n", "3000000", "-q"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == ("error: -n 3000000: the longest probe has 365 tokens, with that reply 3,000,365, and zoomr-tiny was trained on 4,096;"
+                                 " give -n 3731 or less\n")  # fmt: skip
+    monkeypatch.setattr(calibrate.machine, "memory", lambda: machine.Memory(2 * 400 * 2048, 8 << 30, "a test"))
+    assert main(["calibrate", "-m", str(copy), "-n", "36", "-q"]) == 2
+    assert "-n 36: 401 cells a head take 1.57 MiB while they are made, 1.56 MiB are free; give -n 35 or less" in capsys.readouterr().err
+
+
+def test_a_plot_costs_no_figures(copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zoomr_local.evaluate_report.require_matplotlib", lambda: None)
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: of(copy))
+    monkeypatch.setattr(calibrate, "plot", lambda path, *_: (_ for _ in ()).throw(UsageError(f"--plot {path}: no room")))
+    assert main(["calibrate", "-m", str(copy), "--plot", "y.png", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["demand"] == list(FOUND.demand) and "--plot y.png: no room" in err
+    monkeypatch.setattr(calibrate, "calibrate", None)
+    assert main(["calibrate", "-m", str(copy), "--plot", str(tmp_path)]) == 2
+    assert f"--plot {tmp_path} is a folder; name a PNG file in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -183,5 +206,5 @@ def test_bars_and_plot(tmp_path):
     lines = calibrate.wave_lines(FOUND, width=15)
     assert [line.count("#") for line in lines] == [6, 2, 4, 15]
     pytest.importorskip("matplotlib")
-    calibrate.plot(tmp_path / "wave.png", FOUND, "mine", np.array([20, 10, 15, 35]), 20)
-    assert (tmp_path / "wave.png").read_bytes().startswith(b"\x89PNG")
+    calibrate.plot(tmp_path / "new/wave.png", FOUND, "mine", np.array([20, 10, 15, 35]), 20)
+    assert (tmp_path / "new/wave.png").read_bytes().startswith(b"\x89PNG")

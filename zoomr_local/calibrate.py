@@ -12,17 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
+from . import machine
 from .calibrations import fingerprint
-from .errors import UsageError
+from .errors import EngineError, UsageError
 from .libllama import LlamaContext
 from .libllama.heads import HeadStore
 from .model import Model
 from .policies.heads import Calibration, HeadSettings
 from .policies.heads.calibration import Demand
+from .sizes import counted, format_bytes
 
 PROBES_A_FAMILY = 2
 REPLY_TOKENS = 256
 _BATCH_TOKENS = 512
+_PROBE_CELLS = 256  # of a context that is only asked what a cell takes
 _SEED = 7
 
 
@@ -40,10 +43,10 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Answer ``prompts`` (tokens) with at most ``reply_tokens`` each and measure. ``tell`` hears how many are done.
 
-    Raises UnsupportedModel, with the reason, for a model that cannot have a per-head store, UsageError if no token of a
-    reply was decoded.
+    Raises UnsupportedModel, with the reason, for a model that cannot have a per-head store, UsageError for replies that are longer
+    than the model was trained for or its cells than memory, and if no token of a reply was decoded.
     """
-    n = max(map(len, prompts)) + reply_tokens
+    n = _cells(model, max(map(len, prompts)), reply_tokens)
     mass = HeadSettings().demand_mass
     with LlamaContext(model.llama, n_cells=n, n_batch=_BATCH_TOKENS, n_ubatch=_BATCH_TOKENS, n_threads=threads, flash_attn=flash_attn,
                       paging=False, n_outputs=1) as context:  # fmt: skip
@@ -58,6 +61,26 @@ def calibrate(
         return demand.result(fingerprint(model.path))
     except ValueError as error:
         raise UsageError(f"{model.name} ended every reply with its first token, so {error}") from None
+
+
+def _cells(model: Model, prompt_tokens: int, reply_tokens: int) -> int:
+    """Cells of each head for the longest probe with its reply; they are allocated at once, so they must fit. Raises UsageError."""
+    n, trained = prompt_tokens + reply_tokens, model.llama.n_ctx_train
+    if n > trained:
+        left = trained - prompt_tokens
+        further = f"give -n {left} or less" if left > 0 else "so no reply can be measured"
+        raise UsageError(f"-n {reply_tokens}: the longest probe has {counted(prompt_tokens, 'token')}, with that reply {n:,}, and {model.name} was trained on {trained:,}; {further}")
+    with LlamaContext(model.llama, n_cells=_PROBE_CELLS, n_batch=16, n_ubatch=16, n_threads=1, paging=False) as context:
+        needed = 2 * n * context.token_bytes  # the context's own cells are there until the store has taken their place
+    try:
+        free = machine.memory().free_bytes
+    except EngineError:  # a system that does not say
+        return n
+    if needed > free:
+        most = n * free // needed - prompt_tokens
+        further = f"give -n {most} or less" if most > 0 else "close other programs"
+        raise UsageError(f"-n {reply_tokens}: {counted(n, 'cell')} a head take {format_bytes(needed)} while they are made, {format_bytes(free)} are free; {further}")
+    return n
 
 
 def _answer(model: Model, context: LlamaContext, store: HeadStore, prompt: list[int], reply_tokens: int, demand: Demand) -> None:
@@ -84,7 +107,7 @@ def wave_lines(calibration: Calibration, width: int = 40) -> list[str]:
 
 
 def plot(path: Path, calibration: Calibration, name: str, layer_tokens: np.ndarray, budget_tokens: int) -> None:
-    """Draw the demand, and the cells a head that it comes to at a budget, as a picture. Raises UsageError without matplotlib."""
+    """Draw the demand, and the cells a head that it comes to at a budget, as a PNG, whose folder is made. Raises UsageError without matplotlib."""
     from .evaluate_report import require_matplotlib
 
     require_matplotlib()
@@ -102,6 +125,7 @@ def plot(path: Path, calibration: Calibration, name: str, layer_tokens: np.ndarr
     panels[1].set_xlabel("layer")
     panels[1].xaxis.get_major_locator().set_params(integer=True)
     try:
-        figure.savefig(path, dpi=120)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=120)
     except (OSError, ValueError) as error:
         raise UsageError(f"--plot {path}: {error}") from None
