@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zoomr_local.evaluate import has_a_meaning, setting_text
+from zoomr_local.journal import compared_versions
 from zoomr_local.policies import POLICIES
 
 Result = dict[str, Any]
@@ -35,7 +36,7 @@ def merged(results: Sequence[Result]) -> list[Result]:
     """
     found: dict[str, Result] = {}
     for result in results:
-        whole = found.setdefault(json.dumps([result.get("model"), result.get("versions"), way(result)], sort_keys=True), {**result, "cells": []})
+        whole = found.setdefault(json.dumps([result.get("model"), compared_versions(result.get("versions") or {}), way(result)], sort_keys=True), {**result, "cells": []})
         cells = {_place(cell): cell for cell in whole["cells"]}
         for cell in result["cells"]:
             command = cell.get("command") or result.get("command") or ""

@@ -322,6 +322,9 @@ def test_results_of_one_model_are_judged_together_and_of_two_apart():
     eighth = {"model": one, "command": "y", "cells": [measured("series", "full", None, 1), measured("series", "zoomr", 125, 100, -100)]}
     other = {"model": two, "command": "z", "cells": [measured("series", "full", None, 100)]}
     whole, apart = accuracy.merged([quarter, eighth, other])
+    at = [{"versions": {"zoomr": zoomr, "engine": "1"}} for zoomr in ("checkout at 1a2b3c", "checkout at 4d5e6f+", "not installed")]
+    assert len(accuracy.merged([quarter | at[0], eighth | at[1], other | at[2], quarter | at[2]])) == 2, "a commit is no way of measuring"
+    assert len(accuracy.merged([quarter | at[0], eighth | {"versions": {"zoomr": "0.1", "engine": "1"}}])) == 2
     for changed in ({"asked": {"seed": 9}}, {"temperature": 1.0}, {"kv_type": "q8_0"}):
         assert len(accuracy.merged([quarter, {**eighth, **changed}])) == 2, "measured in another way"
     more = {**eighth, "cells": [{**cell, "n": 400} for cell in eighth["cells"]]}

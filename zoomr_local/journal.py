@@ -52,7 +52,7 @@ class Manifest:
         if _plain(self.model) != _plain(other.model):
             there, now = self.model.get("file"), other.model.get("file")
             found.append(f"model: {there} there, {now} now" if there != now else f"model: another {now} than there")
-        pairs = {"settings": (_plain(self.settings), _plain(other.settings)), "versions": (_compared(self.versions), _compared(other.versions))}
+        pairs = {"settings": (_plain(self.settings), _plain(other.settings)), "versions": (compared_versions(self.versions), compared_versions(other.versions))}
         for part, (there, now) in pairs.items():
             for name in sorted(there.keys() | now.keys()):
                 if there.get(name) != now.get(name):
@@ -61,7 +61,7 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """A hash over the compared fields, part of every record's key."""
-        text = json.dumps([_plain(self.settings), _plain(self.model), _compared(self.versions)], sort_keys=True)
+        text = json.dumps([_plain(self.settings), _plain(self.model), compared_versions(self.versions)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def code(self) -> list[str]:
@@ -324,7 +324,7 @@ def code_of(path: Path) -> list[str]:
     return [] if manifest is None else manifest.code()
 
 
-def _compared(versions: dict[str, Any]) -> dict[str, Any]:
+def compared_versions(versions: dict[str, Any]) -> dict[str, Any]:
     """``versions`` with every clone alike, and like one whose commit was not known, so that keys do not change with a commit."""
     found = _plain(versions)
     return {**found, "zoomr": NOT_INSTALLED} if str(found.get("zoomr")).startswith(CHECKOUT) else found
