@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from crumbs import BEACON, PLAIN, lively  # noqa: E402
-from test_models_breadcrumbs import CRUMBS, PLAN, STAGE  # noqa: E402
+from crumbs import BEACON, CRUMBS, PLAIN, PLAN, STAGE, lively  # noqa: E402
 
 try:
     from zoomr_models.train import batches, breadcrumbs, gathering, network, recall

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from crumbs import BEACON, PLAIN, lively  # noqa: E402
-from test_models_breadcrumbs import CRUMBS  # noqa: E402
+from crumbs import BEACON, CRUMBS, PLAIN, lively  # noqa: E402
 from test_models_gathering import GROWN  # noqa: E402
 
 try:
