@@ -28,7 +28,7 @@ from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "accuracy.md", ROOT / "benchmarks" / "results"
-SECTIONS = {"settings": chosen_settings.text, "agreement": lookups_agreement.text}
+SECTIONS = {"settings": chosen_settings.text, "agreement": lookups_agreement.text, "agreement-tight": lookups_agreement.text}
 """Blocks that are made from one result file each, of the same name; their text without one says so."""
 
 MARKS = {name: (f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("bars", "pictures", "figures", *SECTIONS)}
