@@ -50,8 +50,8 @@ Cell = dict[str, Any]
 
 
 def bars_text(results: Sequence[Result]) -> str:
-    """The bars over the cells of all results of one model; results of other models stand apart."""
-    parts = []
+    """The bars over the cells of all results of one model; results of other models stand apart, those with a bar that is missed first."""
+    parts: list[tuple[bool, str]] = []
     models = merged(results)
     for result in models:
         if len(models) > 1 and not has(result, "zoomr") and not has(result, "breadcrumbs"):
@@ -62,8 +62,8 @@ def bars_text(results: Sequence[Result]) -> str:
         head = (f"**{missed} of {len(found)} bars are not reached.**" if missed else "Every bar that was measured is reached.") + also
         words = {True: "met", False: "**not met**", None: "not measured"}
         rows = [[asked, measured, words[met]] for asked, measured, met in found]
-        parts.append(f"{_source(result, models)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}")
-    return "\n\n".join(parts)
+        parts.append((missed == 0, f"{_source(result, models)}{head}\n\n{table(['bar', 'measured (95 % interval)', ''], rows)}"))
+    return "\n\n".join(text for _, text in sorted(parts, key=lambda part: part[0]))
 
 
 def _source(result: Result, models: Sequence[Result]) -> str:
@@ -96,6 +96,7 @@ def conditions(result: Result) -> str:
         f"{limits} tokens a reply; K and V in {result['kv_type']}. Model {model['file']}, {model['bytes']:,} bytes, SHA-256 of "
         f"{model['hashed']} {model['sha256'][:16]}. {', '.join(f'{k} {v}' for k, v in result['versions'].items())}. Machine: {result['machine']['system']}, "
         f"{result['machine']['cores']} cores."
+        + (f" Its records were made with zoomr {', '.join(result['code'])}." if "code" in result else "")
     )
 
 

@@ -206,11 +206,13 @@ def _amount(run: Run) -> str:
 def _result(run: Run, found: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """The report with everything needed to read it: what was asked, of which model, on which machine."""
     from zoomr_local.evaluate_report import report
+    from zoomr_local.journal import code_of
 
+    code = sorted({name for cell in run.cells for name in code_of(run.folder / cell.file_name)} | {run.versions["zoomr"]})
     return {
         "date": datetime.now(timezone.utc).date().isoformat(), "command": run.info["command"],
         "asked": {**asked, **({"grader": run.grader} if run.grader else {})}, "max_tokens": run.suite.max_tokens,
-        "temperature": run.sampling.temperature, "model": run.model, "versions": run.versions,
+        "temperature": run.sampling.temperature, "model": run.model, "versions": run.versions, **({"code": code} if len(code) > 1 else {}),
         "kv_type": run.cells[0].config.kv_type, "threads": run.cells[0].config.threads,
         "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
         **report(found),
@@ -224,6 +226,8 @@ def _conclude(result: dict[str, Any], folder: Path, plot: Path | None, as_json: 
     evaluate_report.write_json(folder / "results.json", result)
     evaluate_report.write_csv(folder / "results.csv", result)
     failed = sum(cell["failed"] for cell in result["cells"])
+    if "code" in result and not quiet:
+        print(f"note: records in {folder} were made with zoomr {', '.join(result['code'])}; --overwrite makes all anew", file=sys.stderr)
     if not quiet:
         print(f"in {folder}: results.json, results.csv and a file of records a cell", file=sys.stderr)
     if failed:

@@ -122,6 +122,25 @@ def test_every_cell_gets_the_same_problems_and_stdout_only_the_table(here, capsy
     assert err.startswith("3 cells, 12 problems in all\n[1 of 3] in full: 4 problems") and "[3 of 3] in zoomr 512: 4 problems" in err
 
 
+def test_a_commit_between_two_starts_is_said_and_stands_in_the_result(here, capsys, monkeypatch):
+    def of(commit):
+        monkeypatch.setattr("zoomr_cli.versions.versions", lambda: {"zoomr": f"checkout at {commit}", "engine": "1"})
+
+    def result():
+        return json.loads(Path("out/results.json").read_text())
+
+    of("aaa")
+    assert main([*ASK]) == 0 and "code" not in result()
+    records = Path("out/in.full.jsonl")
+    records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:1]))
+    capsys.readouterr()
+    of("bbb")
+    assert main([*ASK]) == 0
+    assert "note: records in out were made with zoomr checkout at aaa, checkout at bbb; --overwrite makes all anew" in capsys.readouterr().err
+    assert result()["code"] == ["checkout at aaa", "checkout at bbb"] and result()["versions"]["zoomr"] == "checkout at bbb"
+    assert ids("in.full.jsonl") == ["p0", "p1", "p2", "p3"]
+
+
 def test_json_is_the_whole_report_and_a_policy_as_good_as_full_differs_by_0(here, capsys):
     assert main([*ASK, "--json", "-q"]) == 0
     out, err = capsys.readouterr()
