@@ -143,6 +143,19 @@ def test_the_plot_is_a_png_that_names_what_it_shows(tmp_path, families):
     assert png.startswith(b"\x89PNG") and report.plot_digest(result).encode() in png
 
 
+def test_what_stays_below_its_budget_is_named_on_the_axis_where_it_stands():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def cell(peak, budget, **more):
+        return {"policy": "zoomr", "settings_text": "", "kv_budget": budget, "resident_peak": peak, "accuracy": 0.5, "wilson95": [0.4, 0.6], "n": 9, **more}
+
+    cells = [cell(250, 256), cell(730, 1024, policy="breadcrumbs", settings_text="beacon_every=8"), cell(1024, 1024)]
+    axes = Figure().subplots()
+    report._draw_family(axes, "dag", cells, report._styles(cells))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "730", "1,024"] and list(axes.get_xticks()) == [256, 730, 1024]
+
+
 def test_nothing_to_draw_is_said(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UsageError, match="no cell has graded"):

@@ -320,6 +320,11 @@ def _styles(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def _fills(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell's policy came near its budget. One that has no need of it, as `breadcrumbs`, is named on the axis where it stands."""
+    return cell["kv_budget"] is not None and cell["resident_peak"] > 0.9 * cell["kv_budget"]
+
+
 def _draw_family(axes: Any, family: str, cells: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
     """One panel. Cells are on a logarithmic axis: a budget and ``full`` are often a factor of four apart, or eight."""
     budgets = sorted({cell["kv_budget"] for cell in cells if cell["kv_budget"] is not None})
@@ -335,7 +340,7 @@ def _draw_family(axes: Any, family: str, cells: Sequence[Mapping[str, Any]], sty
         below = [max(0.0, share - 100 * cell["wilson95"][0]) for share, cell in zip(shares, points, strict=True)]
         above = [max(0.0, 100 * cell["wilson95"][1] - share) for share, cell in zip(shares, points, strict=True)]
         aside = 0.0 if name == REFERENCE else step * (present.index(name) - (len(present) - 1) / 2)
-        cells_used = [cell["resident_peak"] * 2**aside for cell in points]
+        cells_used = [cell["resident_peak"] * 2 ** (aside if _fills(cell) else 0) for cell in points]
         axes.errorbar(
             cells_used, shares, [below, above], label=name, linestyle="-" if len(points) > 1 else "none",
             linewidth=1, markersize=6, capsize=2, clip_on=False, **styles[name],
@@ -343,7 +348,8 @@ def _draw_family(axes: Any, family: str, cells: Sequence[Mapping[str, Any]], sty
         if name == REFERENCE:
             axes.axhline(shares[0], color="black", linestyle=":", linewidth=1)
     full = next((cell for cell in cells if cell["policy"] == REFERENCE), None)
-    ticks = {budget: f"{budget:,}" + (f"\n{100 * budget / full['sequence_mean']:.0f} %" if full else "") for budget in budgets}
+    named = {cell["kv_budget"] if _fills(cell) else cell["resident_peak"] for cell in cells if cell["kv_budget"]}
+    ticks = {place: f"{place:,}" + (f"\n{100 * place / full['sequence_mean']:.0f} %" if full else "") for place in sorted(named)}
     if full:
         ticks[full["resident_peak"]] = f"{full['resident_peak']:,}\nfull"
     axes.set_xscale("log", base=2)
