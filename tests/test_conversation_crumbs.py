@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted import STOP
 from talk import UNTHINK, accounted, of, say, talking, words
@@ -92,6 +92,7 @@ def test_the_newest_token_before_a_question_that_is_read_in_pieces_goes_with_its
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(160, 300), st.lists(st.tuples(st.integers(10, 400), st.integers(0, 200)), min_size=3, max_size=5), st.integers(1, 30))
+@example(160, [(88, 0), (10, 0), (10, 0)], 20)  # sixteen tokens with a sentence's end after five
 def test_whatever_is_said_there_are_no_crumbs(budget, parts, every):
     with talking(budget=budget) as engine:
         talk, answers = Conversation(engine.model, engine), set()

@@ -128,12 +128,12 @@ class BlockGeneration(Generation):
 
     def _piece_end(self, start: int, stop: int) -> int:
         """Where a piece of the prompt's [start, stop) ends that begins with it: at a sentence's end in its second half if there is
-        one, and so that no crumb is left behind it."""
+        one, and so that neither it nor what is left behind it is a crumb."""
         most = max(1, self._piece_tokens)
         if stop - start <= most:
             return stop
         end = max(start + 1, min(start + most, stop - LEAST_PIECE_TOKENS))
-        for at in range(end, start + (end - start) // 2, -1):
+        for at in range(end, start + max((end - start) // 2, LEAST_PIECE_TOKENS - 1), -1):
             if ends_sentence(self.model.llama.piece(self.prompt[at - 1]).decode("utf-8", "replace")):
                 return at
         return end
