@@ -175,7 +175,7 @@ def opened_to_close_slowly(folder):
 
 @pytest.mark.parametrize("opened", [opened_endless, opened_deaf, opened_to_close_slowly], ids=["in a step", "in a destructor", "closing"])
 def test_a_killed_run_leaves_no_processes_and_no_files_of_theirs(tmp_path, opened):
-    run = get_context("fork").Process(target=solve_side_by_side, args=(PROBLEMS, partial(opened, tmp_path), 2, print, Recorder()))
+    run = get_context("spawn").Process(target=solve_side_by_side, args=(PROBLEMS, partial(opened, tmp_path), 2, print, Recorder()))
     run.start()
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(path.name) for path in tmp_path.iterdir()]
@@ -200,7 +200,7 @@ STOPPED = 77
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_is_a_stop_and_no_lack_of_memory(tmp_path, number):
     """As `timeout`, a shutdown and Ctrl-C send it: to the first process and to those that solve."""
-    run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
+    run = get_context("spawn").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
     run.start()
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     os.killpg(run.pid, number)
@@ -210,7 +210,7 @@ def test_a_signal_to_the_whole_group_is_a_stop_and_no_lack_of_memory(tmp_path, n
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a process that has not begun is seen in /proc only")
 def test_ctrl_c_before_a_process_has_begun_is_a_stop(tmp_path, capfd):
-    run = get_context("fork").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
+    run = get_context("spawn").Process(target=_a_run_in_its_own_group, args=(tmp_path, opened_endless))
     run.start()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     wait_until(lambda: len(children.read_text().split()) == 2, pause=0)  # the first is multiprocessing's own
